@@ -1,0 +1,54 @@
+# One image for init, the bootstrap worker and Flower.
+#
+# Everything lies in a virtual environment of its own, /opt/bifrost-bootstrap, so that BASE_IMAGE may just as well be the
+# platform's image: its packages stay as they are, its migrations are there, and with BIFROST_ALEMBIC_PYTHON its own
+# interpreter runs them. Any Debian-based image with a CPython >= 3.11 as `python3` will do.
+ARG BASE_IMAGE=python:3.13-slim
+
+FROM python:3.13-slim AS tini
+RUN apt-get update && apt-get install -y --no-install-recommends tini
+
+FROM ${BASE_IMAGE} AS build
+USER root
+WORKDIR /build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN python3 -m venv builder && python3 -m venv --without-pip /opt/bifrost-bootstrap
+# What is locked comes before the source: a change to the source installs nothing anew.
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirements,target=requirements \
+    builder/bin/pip install --require-hashes --only-binary :all: -r requirements/build.lock \
+ && builder/bin/pip --python /opt/bifrost-bootstrap/bin/python install \
+      --require-hashes --only-binary :all: -r requirements/runtime.lock
+COPY pyproject.toml README.md LICENSE celeryconfig.py source/
+COPY bifrost_bootstrap source/bifrost_bootstrap
+RUN builder/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheel ./source \
+ && builder/bin/pip --python /opt/bifrost-bootstrap/bin/python install --no-deps --no-index wheel/*.whl \
+ && /opt/bifrost-bootstrap/bin/python -m compileall -q /opt/bifrost-bootstrap/lib
+
+FROM ${BASE_IMAGE}
+USER root
+# Official Python images carry no bytecode for the standard library, and a read-only container could never write it:
+# each start would compile it again.
+RUN (getent group 10001 || groupadd --gid 10001 bifrost-bootstrap) \
+ && (getent passwd 10001 || useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent \
+      --shell /usr/sbin/nologin bifrost-bootstrap) \
+ && python3 -m compileall -q -x '/(site-packages|dist-packages|test|tests|idlelib|lib2to3|turtledemo)/' \
+      "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
+COPY --from=tini /usr/bin/tini-static /usr/local/bin/tini
+COPY --from=build /opt/bifrost-bootstrap /opt/bifrost-bootstrap
+ENV PATH=/opt/bifrost-bootstrap/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+# Nothing but a minimal init, which hands signals on and buries orphans: any command can follow.
+ENTRYPOINT ["tini", "--"]
+CMD ["bifrost-bootstrap", "init"]
+
+ARG BASE_IMAGE
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="bifrost-bootstrap" \
+      org.opencontainers.image.description="Init container of the Bifrost platform: migrates the schema, warms the module cache" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,0 +1,85 @@
+# One word per job; `make` lists them. Nothing needs to be installed by hand but a CPython from 3.11 on, and make.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+# pytest's own options, for instance: make test PYTEST_ARGS='-k lock -x'
+PYTEST_ARGS ?=
+# How often `make race` repeats the races.
+RACES ?= 20
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: venv ## start private servers, load modules, run init twice, import a module from the cache
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" tools/demo
+
+.PHONY: test
+test: venv ## all tests but those below, then the unit tests on every other CPython here
+	tools/test-servers
+	$(PYTHON) -m pytest -n 2 -m "not faults" $(PYTEST_ARGS)
+	tools/test-other-pythons
+
+.PHONY: check
+check: venv ## format, lint, types, import contracts, lock files, Kubernetes manifests, size
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-logo
+	$(PYTHON) tools/check-locks
+	$(PYTHON) tools/write-docs --check
+	$(PYTHON) -m pytest -q tests/kube/test_manifests.py
+	$(PYTHON) tools/count-lines
+
+.PHONY: bench
+bench: venv ## measure against the naive script and against the limit
+	tools/test-servers
+	$(PYTHON) -m benchmarks
+
+.PHONY: test-compose
+test-compose: venv ## the Compose stack, as a user runs it (needs a container engine)
+	$(PYTHON) -m pytest --timeout=900 tests/compose $(PYTEST_ARGS)
+
+.PHONY: test-faults
+test-faults: venv ## kill, cut and fill the servers while init runs
+	tools/test-servers
+	$(PYTHON) -m pytest -n 2 --timeout=900 -m faults tests/faults tests/migration tests/integration $(PYTEST_ARGS)
+
+.PHONY: test-kube
+test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)
+	$(PYTHON) -m pytest --timeout=900 tests/kube $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: venv ## live writers, restarts and re-warms, for a long time
+	tools/test-servers
+	$(PYTHON) -m pytest --timeout=0 tests/soak $(PYTEST_ARGS)
+
+.PHONY: race
+race: venv ## the tests that race processes against each other, many times (RACES=20)
+	tools/test-servers
+	@run=1; while [ $$run -le $(RACES) ]; do \
+		echo "race $$run of $(RACES)"; \
+		$(PYTHON) -m pytest -q -x -n 2 -m race $(PYTEST_ARGS) || exit 1; \
+		run=$$((run + 1)); \
+	done
+
+.PHONY: docs
+docs: venv ## write anew what the docs repeat of the code
+	$(PYTHON) tools/write-docs
+
+.PHONY: lock
+lock: ## write requirements/*.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)
+	@UPGRADE=$(UPGRADE) tools/lock
+
+.PHONY: clean
+clean: ## delete what this Makefile and the tools have made
+	rm -rf .venv .venv-3.* .venv.lock .lock-venv build dist *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: venv
+venv:
+	@tools/venv .venv

@@ -1,0 +1,339 @@
+"""
+Runs a foreign Alembic tree, unmodified, in a process of its own.
+
+This file is started by the tree's interpreter and imports the standard library, Alembic and SQLAlchemy only
+(Alembic >= 1.13, SQLAlchemy >= 2.0). It reads one JSON request line from stdin and writes one JSON event a line
+to what was its stdout; whatever the tree prints goes to stderr. When stdin ends, the parent is gone and so are we.
+
+By SQLAlchemy's engine events, and without touching the tree's code, each transaction of the tree
+
+* takes the shared runner lock when it begins, by which the next holder of the migration lock finds and ends it,
+* proves then, and again before it commits, that the parent still holds the migration lock, so that a runner
+  whose lock is gone begins and records nothing,
+* waits for table locks no longer than `lock_timeout`, and has the server notice when we are gone.
+
+Statements outside a transaction (`autocommit_block`) cannot hold a lock of ours: each is preceded by the proof
+and begins with a comment (`tag`), by which the next holder finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+# Our folder is first on the path when this file is run, and would give env.py our modules (`celery`, `lock`).
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from alembic.config import Config
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+    from sqlalchemy.engine import Connection
+
+#: Characters of a statement that a report needs.
+STATEMENT_LENGTH = 2000
+#: Milliseconds between two looks of the server at whether its client is still there (0.5 s measured to end).
+CONNECTION_CHECK = 1000
+
+CONCURRENT_INDEX = re.compile(
+    r"""create\s+(?:unique\s+)?index\s+concurrently\s+(?:if\s+not\s+exists\s+)?
+        (?P<index>"[^"]+"|\w+)\s+on\s+(?:only\s+)?(?P<table>(?:(?:"[^"]+"|\w+)\.)?(?:"[^"]+"|\w+))""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+class Refused(Exception):
+    """We stop before the tree does harm. `kind` tells the parent which error it is."""
+
+    def __init__(self, kind: str, **facts: Any) -> None:
+        super().__init__(kind)
+        self.kind, self.facts = kind, facts
+
+
+class Events:
+    """The one way out of this process: JSON lines for the parent."""
+
+    def __init__(self) -> None:
+        # A tree may print; file descriptor 1 becomes stderr, and only we know the old one.
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def send(self, event: str, **facts: Any) -> None:
+        self._out.write(json.dumps({"event": event, **facts}) + "\n")
+        self._out.flush()
+
+
+def end_with_parent() -> None:
+    """End this process at once when the parent closes our stdin or dies."""
+
+    def wait() -> None:
+        # Not sys.stdin: what the tree forks would inherit its lock, taken.
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Guard:
+    """Ties every transaction of the tree to the migration lock that the parent holds."""
+
+    def __init__(self, request: dict[str, Any], events: Events) -> None:
+        self.lock: dict[str, Any] = request["lock"]
+        self.tag: str = request["tag"]
+        self.lock_timeout = int(request["lock_timeout_ms"])
+        self.events = events
+
+    def listen(self) -> None:
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
+        event.listen(Engine, "do_connect", self.on_connect)
+        event.listen(Engine, "begin", self.on_begin)
+        event.listen(Engine, "commit", self.on_commit)
+        event.listen(Engine, "before_cursor_execute", self.on_execute, retval=True)
+
+    @staticmethod
+    def on_connect(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
+        # A prepared statement stays on a pooler's server connection, which somebody else gets next.
+        if dialect.driver in ("psycopg", "psycopg_async"):
+            parameters["prepare_threshold"] = None
+        elif dialect.driver == "asyncpg":
+            parameters.setdefault("statement_cache_size", 0)
+            parameters.setdefault("prepared_statement_cache_size", 0)
+            # Its own names are counters: another process behind the same pooler has the same.
+            parameters.setdefault("prepared_statement_name_func", lambda: f"bifrost_{uuid.uuid4().hex}")
+
+    def on_begin(self, connection: Connection) -> None:
+        if self.foreign(connection) is not None or autocommits(connection):
+            return
+        timeouts = {
+            "lock_timeout": self.lock_timeout,
+            "client_connection_check_interval": CONNECTION_CHECK,
+            "idle_in_transaction_session_timeout": 0,
+        }
+        # LOCAL, since behind a pooler a session setting would stay for the next client.
+        settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in timeouts.items())
+        # First seen by the next holder, then proven: in the other order he could come in between.
+        ask(connection, f"SELECT pg_advisory_xact_lock_shared({self.lock['class']}, {self.lock['runner']}), {settings}")
+        self.prove(connection)
+
+    def on_commit(self, connection: Connection) -> None:
+        if self.foreign(connection) is not None or autocommits(connection):
+            return
+        self.prove(connection)
+        if connection.dialect.driver == "asyncpg":
+            # It closes a prepared statement with the next one; the last would stay behind at a pooler.
+            session: Any = connection.connection.dbapi_connection
+            session.run_async(lambda driver: driver.execute("DEALLOCATE ALL"))
+
+    def on_execute(
+        self, connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
+    ) -> tuple[str, Any]:
+        if self.foreign(connection) is not None or not autocommits(connection):
+            return statement, parameters
+        self.prove(connection)
+        if found := CONCURRENT_INDEX.search(statement):
+            self.drop_invalid(connection, found["index"], found["table"])
+        return f"{self.tag} {statement}", parameters
+
+    def foreign(self, connection: Connection) -> str | None:
+        """Which other database than the locked one this connection leads to, or None. Asked once a connection."""
+        known: dict[str, str | None] = connection.info
+        if "bifrost_foreign" not in known:
+            if connection.dialect.name != "postgresql":
+                return connection.engine.url.render_as_string()
+            server, database, address, port = ask(
+                connection,
+                f"SELECT {self.lock['server_query']}, current_database()::text,"
+                " coalesce(host(inet_server_addr()), 'local'), coalesce(inet_server_port(), 0)",
+            )
+            ours = (server, database) == (self.lock["server"], self.lock["database"])
+            known["bifrost_foreign"] = None if ours else f"database {database} on {address}:{port}"
+        return known["bifrost_foreign"]
+
+    def prove(self, connection: Connection) -> None:
+        """Raise unless the parent's transaction still holds the migration lock."""
+        lock = self.lock
+        held = ask(
+            connection,
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            f" AND classid::int8 = {lock['class']} AND objid::int8 = {lock['migration']} AND objsubid = 2"
+            f" AND pid = {lock['pid']} AND virtualtransaction = '{lock['virtualtransaction']}'",
+        )
+        if not held[0]:
+            raise Refused("lock_lost")
+
+    def drop_invalid(self, connection: Connection, index: str, table: str) -> None:
+        """Drop an INVALID index of this name, left by an interrupted build that no session goes on with."""
+        name = index.strip('"') if index.startswith('"') else index.lower()
+        found = ask(
+            connection,
+            "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+            f" WHERE NOT i.indisvalid AND c.relname = {literal(name)} AND i.indrelid = to_regclass({literal(table)})"
+            # The index that a session of another role builds is hidden (null).
+            " AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.datname = current_database()"
+            " AND coalesce(p.index_relid, i.indexrelid) = i.indexrelid)",
+        )
+        if found:
+            run(connection, f"{self.tag} DROP INDEX CONCURRENTLY {found[0]}").close()
+            self.events.send("healed", index=found[0])
+
+
+def literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def autocommits(connection: Connection) -> bool:
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        return True
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
+
+def run(connection: Connection, statement: str) -> Any:
+    # The driver's own cursor: SQLAlchemy's execute would begin a transaction, and call us again.
+    cursor = connection.connection.cursor()
+    cursor.execute(statement)
+    return cursor
+
+
+def ask(connection: Connection, query: str) -> Any:
+    """First row of the query, or None."""
+    cursor = run(connection, query)
+    row = cursor.fetchone()
+    cursor.close()
+    return row
+
+
+class Runner:
+    """One upgrade of the tree to its heads."""
+
+    def __init__(self, request: dict[str, Any], config: Config, script: ScriptDirectory, events: Events) -> None:
+        self.script, self.config, self.events = script, config, events
+        self.version_table: str = request["version_table"]
+        self.guard = Guard(request, events)
+        self.revision = self.title = ""
+
+    def upgrade(self) -> None:
+        from alembic.runtime.environment import EnvironmentContext
+
+        self.guard.listen()
+        with EnvironmentContext(self.config, self.script, fn=self.steps, destination_rev="heads"):
+            self.script.run_env()
+
+    def steps(self, heads: Any, context: MigrationContext) -> Any:
+        """Alembic calls this with the live context, after env.py has configured it, before the first revision."""
+        assert context.connection is not None
+        if where := self.guard.foreign(context.connection):
+            raise Refused("wrong_database", migrated=where)
+        schema, table = context.version_table_schema, context.version_table
+        written = f"{schema}.{table}" if schema else table
+        # Where the tree leaves the schema to its search path, only the result can tell.
+        if self.version_table not in (written, f"{self.version_table.rpartition('.')[0]}.{written}"):
+            raise Refused("version_table", written=written)
+        steps = list(self.script._upgrade_revs("heads", heads))
+        self.events.send("plan", revisions=[describe(step.revision) for step in steps])
+        context.on_version_apply_callbacks += (self.on_applied,)
+        for step in steps:
+            step.migration_fn = self.announced(step, step.migration_fn)
+        return steps
+
+    def announced(self, step: Any, migrate: Callable[..., Any]) -> Callable[..., Any]:
+        def migrate_announced(**arguments: Any) -> None:
+            self.revision, self.title = step.revision.revision, step.revision.doc
+            self.events.send("begin", **describe(step.revision))
+            self.began = time.monotonic()
+            migrate(**arguments)
+
+        return migrate_announced
+
+    def on_applied(self, **_facts: Any) -> None:
+        self.events.send("applied", revision=self.revision, seconds=round(time.monotonic() - self.began, 3))
+        self.revision = self.title = ""
+
+
+def describe(revision: Any) -> dict[str, Any]:
+    return {
+        "revision": revision.revision,
+        "title": revision.doc,
+        "down": list(revision._versioned_down_revisions),
+        "depends_on": list(revision._resolved_dependencies),
+        "labels": sorted(revision._orig_branch_labels),
+    }
+
+
+def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
+    """What the parent needs of an exception, whichever driver raised it."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, Refused):
+            return {"kind": reason.kind, **reason.facts}
+        reason = reason.__context__
+    original = getattr(error, "orig", None) or error
+    cause = original.__cause__ or original
+    diag = getattr(original, "diag", None)
+    message = getattr(diag, "message_primary", None) or getattr(cause, "message", None) or str(original)
+    detail = getattr(diag, "message_detail", None) or getattr(cause, "detail", None)
+    sqlstate = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None) or ""
+    return {
+        "kind": "failed",
+        "sqlstate": sqlstate,
+        "disconnected": not sqlstate and is_disconnect(error),
+        "message": f"{message} ({detail})" if detail else message or type(error).__name__,
+        "hint": getattr(diag, "message_hint", None) or getattr(cause, "hint", None) or "",
+        "statement": " ".join((getattr(error, "statement", None) or "").split())[:STATEMENT_LENGTH],
+        "revision": revision,
+        "title": title,
+    }
+
+
+def is_disconnect(error: BaseException) -> bool:
+    """Whether the server was not to be reached, or the connection broke; errors of files carry a file name."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    if isinstance(error, OSError):
+        return error.filename is None
+    return getattr(error, "connection_invalidated", False) or isinstance(error, InterfaceError | OperationalError)
+
+
+def main() -> NoReturn:
+    events = Events()
+    request = json.loads(sys.stdin.buffer.readline())
+    runner: Runner | None = None
+    try:
+        from alembic.config import Config
+        from alembic.script import ScriptDirectory
+
+        config = Config(request["config"])
+        script = ScriptDirectory.from_config(config)
+        if request["mode"] == "describe":
+            events.send("tree", revisions=[describe(revision) for revision in script.walk_revisions()])
+        else:
+            end_with_parent()
+            runner = Runner(request, config, script, events)
+            runner.upgrade()
+            events.send("done")
+        code = 0
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        events.send("error", **report(error, runner.revision if runner else "", runner.title if runner else ""))
+        code = 1
+    sys.stderr.flush()
+    # Not sys.exit: threads and exit handlers of the tree must not change what we reported.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

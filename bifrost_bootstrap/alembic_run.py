@@ -1,0 +1,239 @@
+"""One run of the tree in its child process, under the migration lock: events in, revisions applied or an error out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import subprocess
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from bifrost_bootstrap import lock, schema, settings as environment, tree as trees
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import (
+    BootstrapError,
+    BusyError,
+    MigrationError,
+    UnavailableError,
+    VersionTableError,
+    WrongDatabaseError,
+    masked,
+)
+from bifrost_bootstrap.lock import BlockerWatch, MigrationLock
+from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+_LOCK_TIMEOUT = "55P03"
+#: SQLSTATEs after which the same revision may succeed: deadlock, serialization, a statement that asyncpg prepared on
+#: another connection of a pooler (26000), and the classes of connection errors, shutdown and lack of resources.
+_TRANSIENT = ("40P01", "40001", "26000", "08", "57P", "53")
+#: Lines of the tree's own output that are kept for a report.
+KEPT_OUTPUT = 20
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A revision that this run applied, and how long it took (seconds)."""
+
+    revision: str
+    title: str
+    seconds: float
+
+
+class Retry(Exception):
+    """The attempt failed in a way that another one may not. `error` is what it ends in at the deadline."""
+
+    def __init__(self, error: BootstrapError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def upgrade(
+    settings: Settings, tree: Tree, held: MigrationLock, deadline: Deadline, applied: list[Applied], report: Report
+) -> None:
+    """
+    Run the tree in its child process while the lock is held; appends to `applied` what was applied and committed.
+
+    The deadline ends a statement that waits for somebody else's lock, and none that works.
+
+    Raises Retry, MigrationError, WrongDatabaseError, VersionTableError, UnavailableError.
+    """
+    request = {
+        "mode": "upgrade",
+        "config": str(tree.config),
+        "version_table": settings.alembic_version_table,
+        "lock_timeout_ms": round(settings.migration_lock_timeout * 1000),
+        "tag": lock.TAG,
+        "lock": {
+            **asdict(held.proof),
+            "class": lock.LOCK_CLASS,
+            "migration": lock.MIGRATION,
+            "runner": lock.RUNNER,
+            "server_query": lock.SERVER,
+        },
+    }
+    url = settings.migration_database
+    # The tree reads its URL from the environment; an argument would show in the process list.
+    child_environment = environment.child_environment(BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
+    try:
+        child = subprocess.Popen(  # noqa: S603  (the operator's own interpreter)
+            [tree.python, str(trees.CHILD)],
+            cwd=tree.config.parent, env=child_environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    except OSError as error:
+        raise trees.does_not_start(tree.python, error) from error
+    assert child.stdin
+    watch = BlockerWatch(url)
+    run = _Run(settings, tree, watch, report)
+    try:
+        # What has ended before it read this says why on stderr.
+        with suppress(BrokenPipeError):
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+        with watch:
+            for event in _events(child, held, watch, deadline, run.output):
+                run.on_event(event)
+        child.wait()
+    finally:
+        child.kill()
+        child.communicate()
+        applied += run.committed()
+    if run.failure:
+        # What fails after the lock is lost, or in a server that has restarted since, is tried again.
+        held.keep_alive()
+    if outcome := run.error(child.returncode, applied):
+        raise outcome
+
+
+class _Run:
+    """What one child told us so far."""
+
+    def __init__(self, settings: Settings, tree: Tree, watch: BlockerWatch, report: Report) -> None:
+        self.settings, self.tree, self.watch, self.report = settings, tree, watch, report
+        self.output: deque[str] = deque(maxlen=KEPT_OUTPUT)
+        self.applied: list[Applied] = []
+        self.failure: dict[str, Any] | None = None
+        self.total = 0
+        self.ended = False
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "plan":
+                self.total = len(event["revisions"])
+            case "begin":
+                logger.info("revision %s begins: %s", event["revision"], event["title"])
+                note = f"{event['revision']} {event['title']}"
+                self.report(Progress("migrate", len(self.applied), self.total, "revisions", note))
+            case "applied":
+                title = self.tree.revisions[event["revision"]].title
+                self.applied.append(Applied(event["revision"], title, event["seconds"]))
+                logger.info("revision %s applied in %.2fs: %s", event["revision"], event["seconds"], title)
+                self.report(Progress("migrate", len(self.applied), self.total, "revisions", title))
+            case "healed":
+                logger.warning("dropped the INVALID index %s that an interrupted build had left", event["index"])
+            case "done":
+                self.ended = True
+            case "error":
+                self.failure = event
+
+    def committed(self) -> list[Applied]:
+        """What was applied, without what the failure took back: a tree may run all revisions in one transaction."""
+        if self.ended or not self.applied:
+            return self.applied
+        try:
+            state = schema.look(self.settings.migration_database, self.tree, self.settings)
+        except BootstrapError as error:
+            logger.warning("cannot see which revisions were recorded: %s", error)
+            return []
+        return [applied for applied in self.applied if applied.revision in self.tree.upto(state.database_heads)]
+
+    def error(self, returncode: int, applied: list[Applied]) -> Exception | None:
+        """What the run ended in; None where it succeeded."""
+        if self.ended:
+            return None
+        if self.failure is None:
+            last = self.output[-1] if self.output else "without a word"
+            return Retry(UnavailableError("the tree's process", masked(f"it ended with code {returncode}: {last}")))
+        return self._error_of(self.failure, [one.revision for one in applied])
+
+    def _error_of(self, event: dict[str, Any], applied: list[str]) -> Exception:
+        url = self.settings.migration_database
+        match event["kind"]:
+            case "wrong_database":
+                return WrongDatabaseError(str(url), event["migrated"])
+            case "version_table":
+                return VersionTableError(self.settings.alembic_version_table, event["written"])
+            case "lock_lost":
+                return Retry(UnavailableError(str(url), "the migration lock was lost while a revision ran"))
+        message = masked(event["message"])
+        if event["sqlstate"] == _LOCK_TIMEOUT:
+            return Retry(_busy(event["revision"], self.watch))
+        if event["disconnected"] or event["sqlstate"].startswith(_TRANSIENT):
+            return Retry(UnavailableError(str(url), message))
+        return MigrationError(
+            event["revision"],
+            event["title"],
+            masked(event["statement"]),
+            message,
+            masked(event["hint"]),
+            applied,
+        )
+
+
+def _busy(revision: str, watch: BlockerWatch) -> BusyError:
+    return BusyError(f"a table lock for revision {revision}", watch.last or "a session that was not seen")
+
+
+def _events(
+    child: subprocess.Popen[bytes], held: MigrationLock, watch: BlockerWatch, deadline: Deadline, output: deque[str]
+) -> Iterator[dict[str, Any]]:
+    """The child's events until it closes its end, keeping the lock alive in between; its output goes to the log."""
+    assert child.stdout and child.stderr
+    revision = ""
+    with selectors.DefaultSelector() as selector:
+        for stream in (child.stdout, child.stderr):
+            selector.register(stream, selectors.EVENT_READ, _Lines(stream))
+        kept = Deadline(lock.KEEP_ALIVE)
+        while selector.get_map():
+            for key, _ in selector.select(kept.remaining):
+                lines = key.data.read()
+                if lines is None:
+                    selector.unregister(key.fileobj)
+                for line in lines or ():
+                    if key.fileobj is child.stdout:
+                        event = json.loads(line)
+                        revision = event.get("revision", revision)
+                        yield event
+                    else:
+                        output.append(line)
+                        logger.debug("tree: %s", line)
+            if kept.passed:
+                held.keep_alive()
+                if watch.now and deadline.passed:
+                    held.end_runners()
+                    raise Retry(_busy(revision, watch))
+                kept = Deadline(lock.KEEP_ALIVE)
+
+
+class _Lines:
+    """Whole lines of a pipe that is read as data comes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._rest = stream, b""
+
+    def read(self) -> list[str] | None:
+        """The lines that are complete now; None at the end of the stream."""
+        data = os.read(self._stream.fileno(), 65536)
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]

@@ -1,0 +1,167 @@
+"""The chain as init sees it: enqueued, in the broker's queue, and in the result backend."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from celery import chain
+from kombu.exceptions import OperationalError
+
+from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
+from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
+from bifrost_bootstrap.errors import RefusedError, UnavailableError, masked, rebuild
+from bifrost_bootstrap.progress import (
+    DEADLINE_HEADER,
+    WANTED_HEADER,
+    held_key,
+    progress_key,
+    wanted_key,
+)
+
+#: Failures in which the work was lost, by the name of the exception: the next run may succeed.
+_LOST = {"WorkerLostError": "its worker was lost", "Terminated": "it was terminated",
+         "NotRegistered": "a worker without this task took it",
+         "StagedLostError": "Redis lost what the warm had staged"}  # fmt: skip
+#: Failures in which the work is not done for a reason that passes.
+_UNDONE = {"UnavailableError": "a server was away", "OperationalError": "it could not hand over to the next task",
+           "TaskRevokedError": "it was revoked",
+           "UnwantedError": "it was taken when Redis had forgotten that we wait for it"}  # fmt: skip
+#: Seconds after its init has gone in which a chain may still begin.
+WANTED_TTL = 30
+#: Words by which RabbitMQ refuses a login, a virtual host, a right, or a queue that was declared otherwise.
+_REFUSALS = ("ACCESS_REFUSED", "NOT_ALLOWED", "PRECONDITION_FAILED")
+
+
+@dataclass(frozen=True)
+class SentChain:
+    """The ids of the tasks of one chain; migrate is "" where the warm was sent alone."""
+
+    migrate: str
+    warm: str
+
+    @property
+    def first(self) -> str:
+        return self.migrate or self.warm
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """Messages that wait and workers that consume; None where the transport does not tell."""
+
+    messages: int | None
+    consumers: int | None
+
+
+@contextmanager
+def _broker_errors(server: str) -> Iterator[None]:
+    connection = app.connection_for_write()
+    try:
+        yield
+    except (OperationalError, *connection.connection_errors, *connection.channel_errors, RuntimeError) as error:
+        text = masked(str(error).strip() or type(error).__name__)
+        if any(word in text for word in _REFUSALS):
+            raise RefusedError(server, text) from error
+        raise UnavailableError(server, text) from error
+
+
+def send(
+    client: redis.Redis,
+    queue: str,
+    *,
+    remaining: float,
+    full: bool = False,
+    allow_shrink: bool = False,
+    migrate: bool = True,
+) -> SentChain:
+    """
+    Publish the chain, confirmed by the broker. Raises UnavailableError, RefusedError.
+
+    Both tasks are routed: a queue given to the call would route only the first. The message expires in the
+    broker, and a worker that held it meanwhile finds that nobody wants it: a chain that nobody began does not
+    run long after its init has gone.
+    """
+    add_queue(queue)
+    sent = SentChain(uuid.uuid4().hex if migrate else "", uuid.uuid4().hex)
+    headers = {DEADLINE_HEADER: remaining}
+    first = headers | {WANTED_HEADER: sent.first}
+    options: dict[str, Any] = {"queue": queue, "expiration": MESSAGE_TTL}
+    work = app.signature(WARM, kwargs={"full": full, "allow_shrink": allow_shrink}, immutable=True)
+    work = work.set(task_id=sent.warm, headers=headers if migrate else first, **options)
+    if migrate:
+        begin = app.signature(MIGRATE, immutable=True).set(task_id=sent.migrate, headers=first, **options)
+        work = chain(begin, work)
+    with _broker_errors(described()):
+        want(client, sent)
+        work.apply_async()
+    return sent
+
+
+def want(client: redis.Redis, sent: SentChain) -> None:
+    """Say for `WANTED_TTL` seconds that somebody waits for this chain."""
+    client.set(wanted_key(sent.first), b"1", ex=WANTED_TTL)
+
+
+def described() -> str:
+    """The broker in words, without user and password."""
+    connection = app.connection_for_write()
+    return f"RabbitMQ {connection.hostname}:{connection.port or 5672}/{(connection.virtual_host or '/').lstrip('/')}"
+
+
+def queue_state(queue: str) -> QueueState:
+    """Who consumes the queue. Raises UnavailableError, RefusedError. A queue that nobody declared has nobody."""
+    with _broker_errors(described()), app.connection_for_write() as connection:
+        connection.connect()
+        if connection.transport.driver_type != "amqp":
+            return QueueState(None, None)
+        try:
+            _, messages, consumers = connection.default_channel.queue_declare(queue, passive=True)
+        except connection.channel_errors as error:
+            if getattr(error, "code", None) == 404:
+                return QueueState(0, 0)
+            raise
+        return QueueState(messages, consumers)
+
+
+def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:
+    """Both tasks in one round trip."""
+    ids = [task_id for task_id in (sent.migrate, sent.warm) if task_id]
+    keys = []
+    for task_id in ids:
+        keys += [bytes(app.backend.get_key_for_task(task_id)), held_key(task_id), progress_key(task_id)]
+    found: list[Any] = client.mget(keys)
+    warm = _state(*found[-3:])
+    return (_state(*found[:3]) if sent.migrate else TaskState("SUCCESS")), warm
+
+
+def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> TaskState:
+    fields = json.loads(meta) if meta else {}
+    status, result = fields.get("status", "PENDING"), fields.get("result")
+    note = _note(json.loads(progress)) if progress else ""
+    if status in ("FAILURE", "REVOKED") and isinstance(result, dict):
+        name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
+        arguments = arguments if isinstance(arguments, list) else [arguments]
+        error = rebuild(name, arguments)
+        if name in _LOST:
+            return TaskState(status, note=note, lost=_LOST[name])
+        if name in _UNDONE:
+            return TaskState(
+                status, note=note, undone=str(error) if isinstance(error, UnavailableError) else _UNDONE[name]
+            )
+        return TaskState(status, note=note, error=error)
+    return TaskState(
+        status,
+        bool(held) and status != "SUCCESS",
+        note,
+        result=result if status == "SUCCESS" and isinstance(result, dict) else {},
+    )
+
+
+def _note(progress: dict[str, Any]) -> str:
+    count = f" {progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress["total"] else ""
+    return f"{progress['step']}:{count}{' ' if progress['note'] else ''}{progress['note']}"

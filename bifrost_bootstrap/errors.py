@@ -1,0 +1,286 @@
+"""
+Every error of this program, with the exit code it ends in.
+
+    BootstrapError
+    ├── SettingsError             78  a setting is missing or malformed; all faults at once
+    ├── RefusedError              78  a server refuses us: password, database, rights
+    ├── WrongDatabaseError        78  env.py migrates another database than the one that is locked
+    ├── VersionTableError         78  the tree keeps its version in another table than we look at
+    ├── PoolTooSmallError         78  a pooler gives one connection, a migration needs two
+    ├── UnavailableError          69  a server was not there in time
+    ├── NoWorkerError             69  no bootstrap worker consumes the queue of this tree
+    ├── BusyError                 75  another holder of the migration lock, or DDL could not get its lock
+    ├── DeadlineError            124  our work was queued or running when the deadline passed
+    ├── UnwantedError            124  a chain was not begun, since its init had gone (seen in a worker's log only)
+    ├── SchemaError                1  the schema cannot be brought to this image's head
+    ├── MigrationError             1  a revision failed
+    ├── WarmError                  2  the cache could not be warmed
+    │   └── StagedLostError        2  what was staged was gone before the switch; init has it tried again
+    ├── ShrinkError                2  a warm would remove most of the cache
+    ├── MigrateGivenUpError        1  the migrate was lost with its worker every time
+    │   └── WarmGivenUpError       2  the warm was
+    └── InternalError             70  a bug in this program
+
+An error crosses Celery's JSON result as class name and `args`, so its facts are its positional arguments and
+its texts are built from them; `rebuild` turns a stored failure back into the same class.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, ClassVar
+from urllib.parse import quote, unquote
+
+
+class ExitCode(IntEnum):
+    """The exit codes of the contract; nothing else may end the program."""
+
+    OK = 0
+    MIGRATION = 1
+    WARM = 2
+    NOT_READY = 3
+    USAGE = 64
+    UNAVAILABLE = 69
+    BUG = 70
+    BUSY = 75
+    CONFIGURATION = 78
+    DEADLINE = 124
+    SIGINT = 130
+    SIGTERM = 143
+
+
+class BootstrapError(Exception):
+    """
+    Base of the tree. `str()` says what failed and where, `remedy` what to do about it.
+
+    A class names its facts, in the order of its arguments; each is an attribute, and a word in its texts.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.BUG
+    facts: ClassVar[tuple[str, ...]] = ()
+    text: ClassVar[str] = ""
+    advice: ClassVar[str] = ""
+
+    def __init__(self, *values: Any) -> None:
+        if len(values) != len(self.facts):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.facts)}")
+        super().__init__(*values)
+        vars(self).update(zip(self.facts, values, strict=True))
+
+    def __str__(self) -> str:
+        return self.text.format(**vars(self))
+
+    @property
+    def remedy(self) -> str:
+        """What the operator does next; empty where the message already says it."""
+        return self.advice.format(**vars(self))
+
+
+class SettingsError(BootstrapError):
+    """One or more settings are missing or malformed. faults: texts, each naming its variable."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("faults",)
+    faults: Sequence[str]
+
+    def __str__(self) -> str:
+        return "configuration: " + "; ".join(self.faults)
+
+
+class RefusedError(BootstrapError):
+    """A server is there and refuses us. reason: its own words."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("server", "reason")
+    text = "{server} refuses us: {reason}"
+    advice = "check user, password, database name and rights in the server's URL"
+
+
+class WrongDatabaseError(BootstrapError):
+    """The tree's env.py migrates another database than the one we locked; both are named."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("locked", "migrated")
+    text = "env.py of the tree would migrate {migrated}, but we are to migrate {locked}"
+    advice = "let env.py read BIFROST_DATABASE_URL or DATABASE_URL, or correct BIFROST_MIGRATION_DATABASE_URL"
+
+
+class VersionTableError(BootstrapError):
+    """The version table that we read is not the one that the tree writes."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("read", "written")
+    text = "the tree keeps its version in table {written}, but we read {read}"
+    advice = "set BIFROST_ALEMBIC_VERSION_TABLE={written}"
+
+
+class PoolTooSmallError(BootstrapError):
+    """The migration lock holds the pooler's only connection. seconds: waited for a second one."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("server", "seconds")
+    text = (
+        "{server} answers on one connection but gave no second one within {seconds:.0f}s: "
+        "a pooler with a pool of one connection"
+    )
+    advice = "raise the pool size to 2 or more, or set BIFROST_MIGRATION_DATABASE_URL to the server itself"
+
+
+class UnavailableError(BootstrapError):
+    """A server did not answer in time."""
+
+    exit_code = ExitCode.UNAVAILABLE
+    facts = ("server", "reason")
+    text = "{server} is not available: {reason}"
+    advice = "start the server or correct its URL, then run init again"
+
+
+class NoWorkerError(BootstrapError):
+    """Nobody consumes the queue."""
+
+    exit_code = ExitCode.UNAVAILABLE
+    facts = ("queue",)
+    text = "no bootstrap worker of this tree and database consumes the queue {queue}"
+    advice = "start one from this image with `bifrost-bootstrap worker`, or run `init --with-worker`"
+
+
+class BusyError(BootstrapError):
+    """Somebody else was in the way until the deadline. what: we waited for. who: has it."""
+
+    exit_code = ExitCode.BUSY
+    facts = ("what", "who")
+    text = "{what} was not to be had until the deadline; held by {who}"
+    advice = "let it finish or end that session, then run init again"
+
+
+class DeadlineError(BootstrapError):
+    """Our work was queued or running when the deadline passed. what: was going on."""
+
+    exit_code = ExitCode.DEADLINE
+    facts = ("what", "seconds")
+    text = "the deadline of {seconds:.0f}s passed while: {what}; work already running goes on"
+    advice = "run init again, it waits for the work that goes on; raise --timeout if migrations take longer"
+
+
+class UnwantedError(BootstrapError):
+    """A chain was not begun since the init that enqueued it has gone. task: the id of its first task."""
+
+    exit_code = ExitCode.DEADLINE
+    facts = ("task",)
+    text = "chain {task} is not begun: no init waits for it any more"
+    advice = "nothing; an init that is started again sends its own"
+
+
+class SchemaError(BootstrapError):
+    """The schema cannot be brought to this image's head. todo: what the operator does."""
+
+    exit_code = ExitCode.MIGRATION
+    facts = ("verdict", "why", "todo")
+    text = "schema: {why}"
+    advice = "{todo}"
+
+
+class MigrationError(BootstrapError):
+    """
+    A revision failed.
+
+    revision: "" when none had begun. message, hint: the server's own words. applied: the revisions that this
+    run applied before it and that stay applied.
+    """
+
+    exit_code = ExitCode.MIGRATION
+    facts = ("revision", "title", "statement", "message", "hint", "applied")
+    advice = "mend the revision and deploy again; what is applied stays and is not run twice"
+    revision: str
+    title: str
+    statement: str
+    message: str
+    hint: str
+    applied: Sequence[str]
+
+    def __str__(self) -> str:
+        lines = [f"revision {self.revision} ({self.title}) failed" if self.revision else "the tree failed"]
+        lines[0] += f": {self.message}"
+        lines += [f"hint: {self.hint}"] if self.hint else []
+        lines += [f"statement: {self.statement}"] if self.statement else []
+        lines.append("applied before it: " + (", ".join(self.applied) or "none"))
+        return "\n  ".join(lines)
+
+
+class WarmError(BootstrapError):
+    """The cache could not be warmed; the previous cache stands."""
+
+    exit_code = ExitCode.WARM
+    facts = ("reason",)
+    text = "warming failed, the previous module cache is untouched: {reason}"
+    advice = "mend the cause and run init again"
+
+
+class StagedLostError(WarmError):
+    """Staged entries were gone before the switch: Redis was restarted or flushed meanwhile, or evicts."""
+
+
+class ShrinkError(BootstrapError):
+    """A warm would remove most of the cache. removed, indexed: entries."""
+
+    exit_code = ExitCode.WARM
+    facts = ("removed", "indexed", "database")
+    text = "warming from {database} would remove {removed} of {indexed} entries; nothing was changed"
+    advice = "check BIFROST_DATABASE_URL and BIFROST_REDIS_URL; if it is meant, say --allow-shrink"
+
+
+class MigrateGivenUpError(BootstrapError):
+    """The migrate was lost every time it was tried."""
+
+    exit_code = ExitCode.MIGRATION
+    facts = ("attempts", "reason")
+    text = "migrate was given up after {attempts} attempts: {reason}"
+    advice = "look at the bootstrap worker's log and its memory limit; nothing has to be cleaned up"
+
+
+class WarmGivenUpError(MigrateGivenUpError):
+    """The warm was lost every time it was tried, or its effect was gone each time."""
+
+    exit_code = ExitCode.WARM
+    text = "warm was given up after {attempts} attempts: {reason}"
+
+
+class InternalError(BootstrapError):
+    """A bug in this program. what: was raised."""
+
+    exit_code = ExitCode.BUG
+    facts = ("what",)
+    text = "unexpected error: {what}"
+    advice = "this is a bug in bifrost_bootstrap: report it with the log"
+
+
+def rebuild(name: str, args: Sequence[Any]) -> BootstrapError:
+    """The error of class `name` with these facts; an `InternalError` naming both where it is not one of ours."""
+    cls = globals().get(name)
+    if isinstance(cls, type) and issubclass(cls, BootstrapError) and len(args) == len(cls.facts):
+        return cls(*args)
+    return InternalError(f"{name}: {', '.join(map(str, args))}")
+
+
+#: Secrets below this length (characters) would blot out ordinary words.
+_SHORTEST_SECRET = 3
+_secrets: set[str] = set()
+
+
+def remember_secret(secret: str) -> None:
+    """From now on `masked` replaces this value, also as it is written in a URL and in JSON."""
+    plain = unquote(secret)
+    forms = {secret, plain, quote(plain), quote(plain, safe="")}
+    forms |= {json.dumps(form, ensure_ascii=ascii)[1:-1] for form in forms for ascii in (True, False)}
+    _secrets.update(form for form in forms if len(form) >= _SHORTEST_SECRET)
+
+
+def masked(text: str) -> str:
+    """The text with the password of every URL, and every secret that was remembered, replaced by `***`."""
+    # The secrets first: a password with an "@" in it would be cut in two by the other.
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return re.sub(r"(?<=://)([^:/@\s'\"]*):[^@\s'\"]*@", r"\1:***@", text)

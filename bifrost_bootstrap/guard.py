@@ -1,0 +1,128 @@
+"""
+The guard: after the warm, a standing bootstrap worker looks whether the module cache is still what it was.
+
+Redis may be restarted, flushed or cleaned up at any time, and nobody else would notice. The guard only looks; what
+it finds is mended by the public task, as if an operator had called it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from threading import Thread
+
+from bifrost_bootstrap import cache_diff, lock, module_cache, postgres, redis_server, schema as schemas
+from bifrost_bootstrap.cache_diff import CacheDiff
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import BootstrapError
+from bifrost_bootstrap.module_cache import Marker, ModuleCache
+from bifrost_bootstrap.progress import held_key
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+#: Looks in one interval: a loss that a look has just missed is still mended within the interval.
+LOOKS = 2
+#: Every so many looks the entries themselves are compared although counts and marker are right: eviction takes
+#: entries and leaves the index, and a comparison costs a tenth of a second for 10,000 modules.
+FULL_EVERY = 10
+#: Seconds between the two looks that must find the same difference; a live writer needs milliseconds from his
+#: commit to his entry.
+SECOND_LOOK = 2.0
+#: The guard whose turn it is; any worker on this Redis.
+TURN = module_cache.OWN + b"guard"
+#: In place of a task's id: every worker that holds a task vouches for this one too.
+ANY_TASK = "any"
+
+
+class Guard:
+    """
+    One worker's guard. The worker's timer calls `start_look`, which returns at once: looking would block its loop.
+
+    rewarm: sends the public task.
+    """
+
+    def __init__(self, settings: Settings, tree: Tree, rewarm: Callable[[], None]) -> None:
+        self._settings, self._tree, self._rewarm = settings, tree, rewarm
+        self._thread: Thread | None = None
+        self._looks = 0
+        #: Marker, index size and heads that a comparison has found to be right.
+        self._known: tuple[Marker | None, int, tuple[str, ...]] | None = None
+        self.interval = settings.cache_guard_interval / LOOKS
+
+    def start_look(self) -> None:
+        """Look in a thread, unless the last look is still going on."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = Thread(target=self.look, name="guard", daemon=True)
+            self._thread.start()
+
+    def look(self) -> None:
+        """Look once, and send the task where the cache differs. Never raises."""
+        try:
+            if (diff := self._difference()) is not None:
+                logger.warning("guard: the module cache differs (%s); warming it again", diff.summary())
+                self._rewarm()
+        except BootstrapError as error:
+            # Whoever needs that server says so himself; it is looked at again.
+            logger.info("guard: %s", error)
+        except Exception:
+            logger.exception("guard: unexpected error")
+
+    def _difference(self) -> CacheDiff | None:
+        """What differs for certain and may be mended, or None."""
+        settings = self._settings
+        with redis_server.connect(settings.redis) as client:
+            # A little shorter than the pause, or the next look would find the turn of the last.
+            if not client.set(TURN, b"1", nx=True, px=max(1, round(self.interval * 900))):
+                return None
+            cache = ModuleCache(client, settings.module_cache_ttl)
+            if self._busy(client.exists(held_key(ANY_TASK))) or not self._suspicious(cache):
+                return None
+            first = self._compared(cache)
+            if first.empty:
+                return None
+            Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
+            again = self._compared(cache)
+            diff = again.only(first.same_as(again))
+            if diff.empty or self._busy(client.exists(held_key(ANY_TASK))):
+                return None
+        if diff.shrinks:
+            logger.warning(
+                "guard: a warm would remove %d of %d entries; left as it is: check BIFROST_DATABASE_URL and "
+                "BIFROST_REDIS_URL, or call the warm with allow_shrink", len(diff.removed), diff.indexed,
+            )  # fmt: skip
+            return None
+        return diff
+
+    def _busy(self, held: object) -> bool:
+        if held:
+            return True
+        with postgres.connect(self._settings.migration_database, "guard") as connection:
+            return lock.holder(connection) is not None
+
+    def _suspicious(self, cache: ModuleCache) -> bool:
+        """The cheap look. A schema that is not ours to serve is not suspicious: init will warm it."""
+        state = schemas.look(self._settings.database, self._tree, self._settings)
+        if not state.ready:
+            return False
+        marker, size = cache.marker(), cache.size()
+        found = (marker, size, state.database_heads)
+        self._looks += 1
+        warmed = (
+            marker is not None
+            and marker.settled
+            and marker.modules == size
+            and tuple(sorted(marker.heads)) == state.database_heads
+        )
+        if (warmed or found == self._known) and self._looks % FULL_EVERY:
+            return False
+        # Live writers change the count; once compared it is as good as the marker's.
+        self._known = found
+        return True
+
+    def _compared(self, cache: ModuleCache) -> CacheDiff:
+        diff = cache_diff.look(cache, self._settings.database, self._settings.alembic_version_table)
+        if not diff.empty:
+            self._known = None
+        return diff

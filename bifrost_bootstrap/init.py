@@ -1,0 +1,215 @@
+"""
+The init container: bring the deployment into a state in which it may start, and say so only when it is true.
+
+Nothing to do is found by reading schema and cache; otherwise the chain is enqueued and watched. One deadline
+covers all of it. `rewarm` is the same with the warm alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from bifrost_bootstrap import postgres, readiness, redis_server, tree as trees, waiting
+from bifrost_bootstrap.deadline import Deadline, Overrun
+from bifrost_bootstrap.decision import Decision, Enqueue, Fail, Observation, Succeed, Wait, decide
+from bifrost_bootstrap.errors import (
+    BootstrapError,
+    BusyError,
+    DeadlineError,
+    NoWorkerError,
+    RefusedError,
+    UnavailableError,
+    WarmError,
+)
+from bifrost_bootstrap.readiness import Readiness
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.waiting import Waited
+
+if TYPE_CHECKING:
+    from bifrost_bootstrap.observer import Observer
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at the task states.
+LOOK_PAUSE = 0.1
+#: Seconds between two log lines that say the same.
+SAY_AGAIN = 10.0
+#: Seconds by which a task gives up waiting before init does, so that its own error is heard.
+TASK_HEAD_START = 2.0
+#: Seconds that the last look may take past the deadline: the longest timeout of one operation.
+GRACE = 10.0
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What an init did. migrate, warm: the tasks' results, empty where nothing was enqueued or a result was lost."""
+
+    readiness: Readiness
+    seconds: float
+    nothing_to_do: bool = False
+    waited: list[Waited] = field(default_factory=list)
+    migrate: dict[str, Any] = field(default_factory=dict)
+    warm: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "nothing_to_do": self.nothing_to_do,
+            "waited": [asdict(item) for item in self.waited],
+            "migrate": self.migrate,
+            "warm": self.warm,
+            **self.readiness.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done: migrate and warm, or the warm alone. full, allow_shrink: for the warm."""
+
+    migrate: bool = True
+    full: bool = False
+    allow_shrink: bool = False
+
+
+def init(settings: Settings, deadline: Deadline, wanted: Wanted, *, with_worker: bool) -> InitReport:
+    """
+    Run to readiness or raise the error that says why not.
+
+    with_worker: start a bootstrap worker on a queue of its own for as long as this takes. Safe to be run by any
+    number of replicas, and to be killed at any instant.
+    """
+    try:
+        with deadline.enforced(GRACE):
+            return _init(settings, deadline, wanted, with_worker=with_worker)
+    except Overrun:
+        raise DeadlineError("an operation did not return", deadline.seconds) from None
+
+
+def _init(settings: Settings, deadline: Deadline, wanted: Wanted, *, with_worker: bool) -> InitReport:
+    tree = trees.load(settings)
+    logger.info("tree %s (%s), heads %s", tree.config, tree.why, ", ".join(tree.heads) or "none")
+    truth = _glance(settings, tree)
+    if truth and truth.ready and wanted.migrate:
+        return InitReport(truth, round(deadline.elapsed, 3), nothing_to_do=True)
+    if truth and (refusal := truth.schema.refusal()):
+        raise refusal
+    # Only from here on Celery is needed; nothing-to-do spares its import.
+    from bifrost_bootstrap import chain
+    from bifrost_bootstrap.own_worker import OwnWorker
+
+    queue = tree.queue(settings.database.target)
+    waited = waiting.wait_for(_servers(settings) | {chain.described(): lambda: chain.queue_state(queue)}, deadline)
+    truth = _glance(settings, tree) if waited else truth
+    with ExitStack() as stack:
+        worker = stack.enter_context(OwnWorker(queue)) if with_worker else None
+        ensure_worker = worker.ensure_running if worker else None
+        report = _Init(settings, tree, deadline, wanted, worker.queue if worker else queue, ensure_worker, truth)
+        return report.run(waited)
+
+
+def _glance(settings: Settings, tree: Tree) -> Readiness | None:
+    """Schema and cache, where they can be read at once."""
+    try:
+        return readiness.look(settings, tree)
+    except (UnavailableError, RefusedError, WarmError) as error:
+        logger.debug("at first sight: %s", error)
+        return None
+
+
+def _servers(settings: Settings) -> dict[str, waiting.Look]:
+    def look_at_redis() -> None:
+        with redis_server.connect(settings.redis, answer_timeout=waiting.LOOK_TIMEOUT) as client:
+            client.ping()
+
+    def look_at_postgres() -> None:
+        with postgres.connect(settings.database, "init", answer_timeout=waiting.LOOK_TIMEOUT) as connection:
+            postgres.scalar(connection, "SELECT 1")
+
+    return {str(settings.database): look_at_postgres, redis_server.described(settings.redis): look_at_redis}
+
+
+class _Init:
+    """One init that has something to do: observe, decide, act."""
+
+    def __init__(
+        self, settings: Settings, tree: Tree, deadline: Deadline, wanted: Wanted, queue: str,
+        ensure_worker: Callable[[], None] | None, truth: Readiness | None,
+    ) -> None:  # fmt: skip
+        from bifrost_bootstrap.observer import Observer
+
+        self.settings, self.deadline, self.wanted = settings, deadline, wanted
+        self.queue, self.ensure_worker = queue, ensure_worker
+        self.observer: Observer = Observer(settings, tree, queue, own_worker=ensure_worker is not None, truth=truth)
+        self.losses = 0
+        self.note, self.said = "", Deadline(0)
+
+    def run(self, waited: list[Waited]) -> InitReport:
+        while True:
+            if self.ensure_worker:
+                self.ensure_worker()
+            seen = self.observer.observe(self.losses)
+            if not self.wanted.migrate and self.observer.results[1].status != "SUCCESS":
+                # A re-warm was asked for: that the cache was ready before it is no reason to leave it out.
+                seen = replace(seen, ready=False)
+            decision = decide(seen)
+            self._say(decision, seen)
+            match decision:
+                case Succeed():
+                    assert self.observer.truth
+                    self.observer.await_results()
+                    results = (state.result for state in self.observer.results)
+                    return InitReport(self.observer.truth, round(self.deadline.elapsed, 3), False, waited, *results)
+                case Fail(error):
+                    raise error
+                case Enqueue(_, lost) if not self.deadline.passed:
+                    self.losses += lost
+                    self._enqueue()
+            if self.deadline.passed:
+                raise self._too_late(seen)
+            self.deadline.sleep(LOOK_PAUSE)
+
+    def _enqueue(self) -> None:
+        from bifrost_bootstrap import chain
+
+        remaining = max(0.0, self.deadline.remaining - TASK_HEAD_START)
+        try:
+            with redis_server.connect(self.settings.redis) as client:
+                sent = chain.send(
+                    client, self.queue, remaining=remaining, migrate=self.wanted.migrate, full=self.wanted.full,
+                    allow_shrink=self.wanted.allow_shrink,
+                )  # fmt: skip
+        except UnavailableError as error:
+            # Published or not: a second chain does no harm.
+            self.observer.away["the queue"] = error
+            return
+        self.observer.follow(sent)
+        logger.info("chain enqueued on %s: migrate %s, warm %s", self.queue, sent.migrate or "left out", sent.warm)
+
+    def _say(self, decision: Decision, seen: Observation) -> None:
+        if not isinstance(decision, Wait | Enqueue):
+            return
+        note = seen.away or decision.note
+        if note == self.note and not self.said.passed:
+            return
+        self.note, self.said = note, Deadline(SAY_AGAIN)
+        logger.info("%s (%.0fs of %.0fs)", note, self.deadline.elapsed, self.deadline.seconds)
+        if seen.consumers == 0 and seen.sent and not (seen.taken or seen.away):
+            missing = NoWorkerError(self.queue)
+            logger.warning("%s; %s", missing, missing.remedy)
+
+    def _too_late(self, seen: Observation) -> BootstrapError:
+        held = seen.migrate.held or seen.warm.held
+        if not held and self.observer.away:
+            return next(iter(self.observer.away.values()))
+        if not held and (undone := seen.migrate.undone or seen.warm.undone):
+            return UnavailableError("a server of the worker", undone)
+        if not held and seen.holder and not seen.begun:
+            return BusyError("the migration lock", seen.holder)
+        if not seen.taken and seen.consumers == 0:
+            return NoWorkerError(self.queue)
+        return DeadlineError(self.note or "the chain is queued", self.deadline.seconds)

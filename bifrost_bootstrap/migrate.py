@@ -1,0 +1,98 @@
+"""The step `migrate`: bring the schema to the tree's heads, once, whoever else tries."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree as trees
+from bifrost_bootstrap.alembic_run import Applied, Retry
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import BootstrapError, SettingsError, UnavailableError, VersionTableError
+from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.schema import SchemaState
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+#: Pauses between two attempts, seconds.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
+
+
+@dataclass(frozen=True)
+class MigrateResult:
+    """What a migrate did. `applied` is empty where nothing was to do; `ahead` where it was not ours to do."""
+
+    verdict: str
+    revision_from: list[str]
+    revision_to: list[str]
+    applied: list[Applied] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateResult:
+    """
+    Upgrade to the tree's heads, or find that nothing is to do (one read, no lock).
+
+    The deadline bounds waiting: for the migration lock, for table locks, for a server that is away. A revision
+    that works is not ended by it. Safe to be called at any time by any number of processes.
+
+    Raises SchemaError before any DDL where the head cannot be reached, MigrationError where a revision failed,
+    BusyError, UnavailableError, and the configuration errors of the tree.
+    """
+    started = time.monotonic()
+    tree = trees.load(settings)
+    logger.info("tree %s (%s), heads %s", tree.config, tree.why, ", ".join(tree.heads) or "none")
+    url = settings.migration_database
+    before: SchemaState | None = None
+    applied: list[Applied] = []
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            state = schema.look(url, tree, settings)
+            before = before or state
+            if refusal := state.refusal():
+                raise refusal
+            if state.ready:
+                return MigrateResult(
+                    state.verdict, list(before.database_heads), list(state.database_heads), applied,
+                    round(time.monotonic() - started, 3),
+                )  # fmt: skip
+            with lock.hold(url, deadline, lambda note: report(Progress("migrate", note=note))) as held:
+                # Somebody may have been faster while we waited.
+                state = schema.look(url, tree, settings)
+                if not state.ready and not state.refusal():
+                    alembic_run.upgrade(settings, tree, held, deadline, applied, report)
+                    _look_at_result(settings, tree)
+        except Retry as retry:
+            error: BootstrapError = retry.error
+        except UnavailableError as unavailable:
+            error = unavailable
+        else:
+            continue
+        if deadline.passed:
+            raise error
+        logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)
+        report(Progress("migrate", note=f"attempt {attempt + 1}: {error}"))
+        deadline.pause(attempt, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
+
+
+def _look_at_result(settings: Settings, tree: Tree) -> None:
+    """After an upgrade without an error: is it recorded where we read, and did it leave something broken?"""
+    url, table = settings.migration_database, settings.alembic_version_table
+    state = schema.look(url, tree, settings)
+    with postgres.connect(url, "migration-result", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
+        if not state.ready and not state.refusal():
+            if written := postgres.other_table(connection, table):
+                raise VersionTableError(table, written)
+            fault = f"BIFROST_ALEMBIC_VERSION_TABLE: {table} is not at head after an upgrade without an error"
+            raise SettingsError([f"{fault}; env.py of the tree runs no revisions, or records them elsewhere"])
+        for index, repair in postgres.invalid_indexes(connection).items():
+            logger.warning("index %s is INVALID, of use to no query; repair it with: %s", index, repair)

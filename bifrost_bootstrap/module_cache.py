@@ -1,0 +1,329 @@
+"""
+The module cache in Redis: the only place that knows key names, the entry format and the scripts.
+
+The contract with the platform's readers and writers: `bifrost:module:{path}` holds an entry, the set
+`bifrost:module:index` names every path that has one. Paths are data: never a pattern, never code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import orjson
+import redis
+
+from bifrost_bootstrap.errors import StagedLostError
+
+ENTRY = b"bifrost:module:"
+INDEX = b"bifrost:module:index"
+#: Whatever is ours alone.
+OWN = b"bifrost:bootstrap:"
+MARKER = OWN + b"marker"
+#: The path whose entry would be the index itself.
+COLLIDING_PATH = b"index"
+#: Bytes at the end of an entry that tell what it holds: 64 hex digits, quote, brace.
+TAIL = 66
+#: Paths in one call of a script that only reads; bounds how long Redis is blocked (3 ms measured for 1,000).
+READ_SLICE = 1000
+#: Seconds that staged entries outlive a warm that died; renewed while it runs. Those that were written in place lie
+#: where a live writer's may lie too, so their time is not touched again: it has to do for all of the fill.
+STAGE_TTL, FILL_TTL = 300, 3600
+#: Such calls sent in one go, so that Redis works on the next while we read the last.
+READ_AHEAD = 8
+
+# A key of another type has no tail that a row could have.
+_TAIL_OF = """
+local function tail_of(key)
+  local tail = redis.pcall('GETRANGE', key, -66, -1)
+  if type(tail) == 'table' then return '!' end
+  return tail
+end
+"""
+
+# KEYS: entry prefix. ARGV: least and most milliseconds to live that the policy allows, then paths.
+# Returns the tails, and the numbers of the paths whose entry is off the policy.
+_STATES = (
+    _TAIL_OF
+    + """
+local least, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local tails, off = {}, {}
+for i = 3, #ARGV do
+  local key = KEYS[1] .. ARGV[i]
+  local tail, left = tail_of(key), redis.call('PTTL', key)
+  tails[i - 2] = tail
+  if left ~= -2 and (left < least or left > most) then off[#off + 1] = i - 3 end
+end
+return {tails, off}
+"""
+)
+
+# KEYS: entry prefix, index, marker, stage prefix, plan. ARGV: marker, milliseconds to live (0: none), entries planned.
+# The plan is a list of triples: operation, path, and the tail that the path's entry must have.
+# Returns {0, what is missing} when something staged is gone and nothing was written, else {1, paths left alone}.
+#
+# A script has no rollback. So everything is checked before the first write, and the first write is a SET, which
+# Redis refuses when it is out of memory, cannot persist, or is a replica; after it no command is refused.
+_SWITCH = (
+    _TAIL_OF
+    + """
+local prefix, index, marker, stage, plan = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local ttl, planned = tonumber(ARGV[2]), tonumber(ARGV[3])
+local kind = redis.call('TYPE', index)['ok']
+if kind ~= 'set' and kind ~= 'none' then return redis.error_reply('the index is a ' .. kind .. ', not a set') end
+if redis.call('LLEN', plan) ~= 3 * planned then return {0, {plan}} end
+local alone, skip = {}, {}
+for start = 0, 3 * planned - 1, 3000 do
+  local part = redis.call('LRANGE', plan, start, start + 2999)
+  local staged = {}
+  for i = 1, #part, 3 do
+    local path = part[i + 1]
+    if part[i] == 'set' then staged[#staged + 1] = stage .. path end
+    if tail_of(prefix .. path) ~= part[i + 2] then
+      alone[#alone + 1] = path
+      skip[start + i] = true
+    end
+  end
+  -- One call for all of them; one by one it is a fifth of the time of a switch.
+  if #staged > 0 and redis.call('EXISTS', unpack(staged)) ~= #staged then
+    for _, key in ipairs(staged) do
+      if redis.call('EXISTS', key) == 0 then return {0, {key}} end
+    end
+  end
+end
+redis.call('SET', marker, ARGV[1])
+for start = 0, 3 * planned - 1, 3000 do
+  local part = redis.call('LRANGE', plan, start, start + 2999)
+  local indexed = {}
+  for i = 1, #part, 3 do
+    if not skip[start + i] then
+      local path = part[i + 1]
+      local key = prefix .. path
+      if part[i] == 'remove' then
+        -- What somebody has indexed as `index` has no entry, and its key is the index.
+        if key ~= index then redis.call('DEL', key) end
+        redis.call('SREM', index, path)
+      else
+        if part[i] == 'set' then redis.call('RENAME', stage .. path, key) end
+        if ttl > 0 then redis.call('PEXPIRE', key, ttl) else redis.call('PERSIST', key) end
+        indexed[#indexed + 1] = path
+      end
+    end
+  end
+  if #indexed > 0 then redis.call('SADD', index, unpack(indexed)) end
+end
+redis.call('DEL', plan)
+return {1, alone}
+"""
+)
+
+# KEYS: stage prefix, plan. ARGV: seconds.
+_RENEW = """
+for start = 0, redis.call('LLEN', KEYS[2]) - 1, 3000 do
+  local part = redis.call('LRANGE', KEYS[2], start, start + 2999)
+  for i = 1, #part, 3 do
+    if part[i] == 'set' then redis.call('EXPIRE', KEYS[1] .. part[i + 1], ARGV[1]) end
+  end
+end
+"""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """
+    What the last switch wrote together with the index.
+
+    warm_id: of the warm. modules: entries in the index then. heads: the revisions that the database recorded in
+    the snapshot that was warmed. settled: the warm compared again afterwards and found no difference.
+    """
+
+    warm_id: str
+    modules: int
+    heads: list[str] = field(default_factory=list)
+    settled: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass
+class CacheStates:
+    """
+    What the cache holds, read before the database.
+
+    tails: by path of the index, the last bytes of its entry, b"" where there is none. loose: the same for paths
+    that were asked for and are not in the index. off_policy: paths whose time to live is not what the TTL policy
+    wants.
+    """
+
+    tails: dict[bytes, bytes]
+    loose: dict[bytes, bytes] = field(default_factory=dict)
+    off_policy: set[bytes] = field(default_factory=set)
+
+
+def entry(path: str, content: str, content_hash: str) -> bytes:
+    """The entry of a module: exactly these three, hash last."""
+    return orjson.dumps({"content": content, "path": path, "hash": content_hash})
+
+
+def tail(content_hash: str) -> bytes:
+    """How the entry of a module with this hash ends."""
+    return content_hash.encode() + b'"}'
+
+
+class ModuleCache:
+    """The cache of one Redis, as warm, check and guard see it. `ttl`: seconds that entries live, 0 for ever."""
+
+    def __init__(self, client: redis.Redis, ttl: float) -> None:
+        self._client, self._ttl_ms = client, round(ttl * 1000)
+
+    def states(self, more: Iterable[bytes] = ()) -> CacheStates:
+        """What the cache holds for every path of the index and for `more`."""
+        states = CacheStates({})
+        self._read_tails(list(self._client.smembers(INDEX)), states.tails, states.off_policy)  # type: ignore[arg-type]
+        self._read_tails([path for path in more if path not in states.tails], states.loose, states.off_policy)
+        return states
+
+    def _read_tails(self, paths: list[bytes], tails: dict[bytes, bytes], off_policy: set[bytes]) -> None:
+        # With a TTL an entry is renewed in the second half of its life, so that it never runs out between warms.
+        policy = (self._ttl_ms // 2, self._ttl_ms) if self._ttl_ms else (-1, -1)
+        step = READ_SLICE * READ_AHEAD
+        for start in range(0, len(paths), step):
+            part = paths[start : start + step]
+            slices = [part[at : at + READ_SLICE] for at in range(0, len(part), READ_SLICE)]
+            with self._client.pipeline(transaction=False) as pipeline:
+                for one in slices:
+                    pipeline.eval(_STATES, 1, ENTRY, *policy, *one)
+                for one, (found, off) in zip(slices, pipeline.execute(), strict=True):
+                    tails.update(zip(one, found, strict=True))
+                    off_policy.update(one[number] for number in off)
+
+    def size(self) -> int:
+        """Number of paths in the index."""
+        return int(self._client.scard(INDEX))
+
+    def marker(self) -> Marker | None:
+        """What the last switch left, or None where there was none (or somebody else's value)."""
+        value = self._client.get(MARKER)
+        try:
+            return Marker(**json.loads(value)) if value else None
+        except (TypeError, ValueError):
+            return None
+
+    @contextmanager
+    def stage(self, warm_id: str) -> Iterator[Stage]:
+        """What one pass of a warm writes before its switch; all of it is stored when the block ends."""
+        connection: Any = self._client.connection_pool.get_connection()
+        try:
+            stage = Stage(connection, warm_id)
+            yield stage
+            stage.wait()
+        except BaseException:
+            # Unread answers would be taken for those of the next command.
+            connection.disconnect()
+            raise
+        finally:
+            self._client.connection_pool.release(connection)
+
+    def renew(self, warm_id: str) -> None:
+        """Let staged entries live as long again."""
+        self._client.eval(_RENEW, 2, stage_prefix(warm_id), plan_key(warm_id), STAGE_TTL)
+
+    def switch(self, marker: Marker, planned: int) -> list[bytes]:
+        """
+        Carry out the plan of `planned` entries in one step, together with index, TTLs and marker.
+
+        Where an entry has another tail than the plan says, somebody wrote in between: the path is left alone and
+        returned. Raises WarmError, with nothing changed, where something staged is gone.
+        """
+        own = (stage_prefix(marker.warm_id), plan_key(marker.warm_id))
+        arguments = (ENTRY, INDEX, MARKER, *own, marker.to_json(), self._ttl_ms, planned)
+        done, paths = self._client.eval(_SWITCH, 5, *arguments)
+        if not done:
+            raise StagedLostError(f"what was staged was evicted before the switch, {paths[0]!r} among it")
+        return list(paths)
+
+
+class Stage:
+    """
+    Entries where no reader looks, and the plan of what the switch does with them.
+
+    Nothing here waits for Redis, which stores one batch while the caller makes the next.
+    """
+
+    def __init__(self, connection: Any, warm_id: str) -> None:
+        self._connection, self._prefix, self._plan = connection, stage_prefix(warm_id), plan_key(warm_id)
+        self._unanswered = 0
+        #: Entries in the plan.
+        self.planned = 0
+
+    def write(self, entries: Iterable[tuple[bytes, bytes, bytes]], *, in_place: bool) -> None:
+        """
+        Write entries (path, value, tail that the path has now) and plan to publish them.
+
+        in_place: where they belong, which nobody reads before the index names it; what somebody else has written
+        there stays, and the switch finds it.
+        """
+        prefix = ENTRY if in_place else self._prefix
+        options: tuple[object, ...] = ("EX", FILL_TTL, "NX") if in_place else ("EX", STAGE_TTL)
+        # The same for each: what comes before the key, and after the value.
+        begin = b"*%d\r\n$3\r\nSET\r\n" % (3 + len(options))
+        end = b"\r\n" + b"".join(_words(options))
+        packed: list[bytes] = []
+        steps = []
+        for path, value, found in entries:
+            packed += (
+                b"%b$%d\r\n%b%b\r\n$%d\r\n" % (begin, len(prefix) + len(path), prefix, path, len(value)),
+                value,
+                end,
+            )
+            steps.append(("keep", path, value[-TAIL:]) if in_place else ("set", path, found))
+        self._send(packed, steps, answers=len(steps))
+
+    def plan(self, operation: str, entries: Iterable[tuple[bytes, bytes]]) -> None:
+        """Plan to "keep" (index, and put on policy) or to "remove" these (path, tail that it has now)."""
+        self._send([], [(operation, path, tail) for path, tail in entries])
+
+    def _send(self, packed: list[bytes], steps: list[tuple[str, bytes, bytes]], answers: int = 0) -> None:
+        if not steps:
+            return
+        packed += _packed("RPUSH", self._plan, *(word for step in steps for word in step))
+        packed += _packed("EXPIRE", self._plan, FILL_TTL)
+        self._connection.send_packed_command([b"".join(packed)])
+        self.planned += len(steps)
+        unanswered, self._unanswered = self._unanswered, answers + 2
+        self._read(unanswered)
+
+    def wait(self) -> None:
+        """Until all of it is stored. Raises what Redis said against it."""
+        self._read(self._unanswered)
+        self._unanswered = 0
+
+    def _read(self, answers: int) -> None:
+        for _ in range(answers):
+            self._connection.read_response()
+
+
+def _packed(*words: object) -> Iterator[bytes]:
+    # Not by the client, which takes as long for it as Redis for storing.
+    yield b"*%d\r\n" % len(words)
+    yield from _words(words)
+
+
+def _words(words: Iterable[object]) -> Iterator[bytes]:
+    for word in words:
+        part = word if isinstance(word, bytes) else str(word).encode()
+        yield b"$%d\r\n%b\r\n" % (len(part), part)
+
+
+def stage_prefix(warm_id: str) -> bytes:
+    """Where the entries of one warm wait for the switch."""
+    return OWN + b"stage:" + warm_id.encode() + b":"
+
+
+def plan_key(warm_id: str) -> bytes:
+    """The list of what the switch is to do."""
+    return OWN + b"plan:" + warm_id.encode()

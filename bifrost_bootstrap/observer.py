@@ -1,0 +1,147 @@
+"""What init can see: the truth in database and cache, its tasks, the lock, the queue, and which server is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bifrost_bootstrap import chain, lock, postgres, readiness, redis_server
+from bifrost_bootstrap.chain import QueueState, SentChain
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.decision import Observation, TaskState
+from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
+from bifrost_bootstrap.readiness import Readiness
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.waiting import LOOK_TIMEOUT, REFUSAL_PATIENCE
+
+#: Seconds between two looks at database and broker; the task states are one round trip and read every time.
+TRUTH_PAUSE = 2.0
+#: Seconds that a result may take once its work is seen to be done (it may be lost), and between two looks for it.
+RESULT_PATIENCE, RESULT_PAUSE = 2.0, 0.05
+
+
+class Observer:
+    """
+    Gathers an `Observation` for one init, and never raises because a server is away.
+
+    queue: where the chain is sent. own_worker: whether its only worker is ours, so that nobody consuming it yet
+    means nothing. truth: as it was read a moment ago, None where it could not be.
+    """
+
+    def __init__(
+        self, settings: Settings, tree: Tree, queue: str, *, own_worker: bool, truth: Readiness | None
+    ) -> None:
+        self._settings, self._tree, self._queue, self._own_worker = settings, tree, queue, own_worker
+        self.truth, self._truth_read = truth, Deadline(TRUTH_PAUSE if truth else 0)
+        #: The truth before anything of ours ran: a marker that is not in it was left by a warm that ran since.
+        self._before: Readiness | None = None
+        self._sent: SentChain | None = None
+        self._states = (TaskState(), TaskState())
+        self._taken = self._begun = False
+        self._holder = ""
+        self._queue_state = QueueState(None, None)
+        self._last_sign = self._sent_at = Deadline(0)
+        self._due = Deadline(0)
+        self._refused: dict[str, Deadline] = {}
+        #: The servers that could not be asked the last time, with the reason.
+        self.away: dict[str, BootstrapError] = {}
+
+    def follow(self, sent: SentChain) -> None:
+        """From now on this chain is ours; what was seen of an earlier one counts no more."""
+        self._before = self._before or self.truth
+        self._sent, self._states = sent, (TaskState(), TaskState())
+        self._taken = self._begun = False
+        self._last_sign = self._sent_at = Deadline(0)
+
+    @property
+    def results(self) -> tuple[TaskState, TaskState]:
+        return self._states
+
+    def await_results(self) -> None:
+        """
+        Hear a chain that has begun to its end: schema and cache are ready a moment before the last result is stored.
+
+        A chain that still waits in the queue, since another one did the work, is not waited for.
+        """
+        patience = Deadline(RESULT_PATIENCE)
+        while self._begun and self._states[1].status in ("PENDING", "STARTED") and not patience.passed:
+            patience.sleep(RESULT_PAUSE)
+            self._ask("the task states", self._look_at_states)
+
+    def observe(self, losses: int) -> Observation:
+        """Look at the task states; and at the truth where it is due or a task has just succeeded."""
+        before = self._states
+        self._ask("the task states", self._look_at_states)
+        migrate, warm = self._states
+        ended = self._states != before and warm.status == "SUCCESS"
+        if ended or self.away or self._due.passed:
+            self._ask("schema and cache", self._look_at_truth)
+            self._ask("the migration lock", self._look_at_lock)
+            self._ask("the queue", self._look_at_queue)
+            self._due = Deadline(TRUTH_PAUSE)
+        if self.away:
+            # Silence means nothing while we cannot hear.
+            self._last_sign = Deadline(0)
+        return Observation(
+            ready=bool(self.truth and self.truth.ready), refusal=self._refusal(),
+            away="; ".join(sorted({str(error) for error in self.away.values()})),
+            sent=self._sent is not None, migrate=migrate, warm=warm,
+            silent=self._last_sign.elapsed, age=self._sent_at.elapsed, taken=self._taken, begun=self._begun,
+            losses=losses, holder=self._holder, queued=self._queue_state.messages,
+            consumers=None if self._own_worker else self._queue_state.consumers,
+        )  # fmt: skip
+
+    def _ask(self, what: str, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except (UnavailableError, RefusedError) as error:
+            self.away[what] = error
+            if isinstance(error, RefusedError):
+                self._refused.setdefault(what, Deadline(REFUSAL_PATIENCE))
+                return
+        else:
+            self.away.pop(what, None)
+        self._refused.pop(what, None)
+
+    def _refusal(self) -> BootstrapError | None:
+        """Why waiting cannot help: no migration leads to this tree's head, or a server goes on refusing us."""
+        if self.truth and (refusal := self.truth.schema.refusal()):
+            return refusal
+        return next((self.away[what] for what, patience in self._refused.items() if patience.passed), None)
+
+    def _look_at_states(self) -> None:
+        if self._sent is None:
+            return
+        with redis_server.connect(self._settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
+            chain.want(client, self._sent)
+            states = chain.states(client, self._sent)
+        if states != self._states or any(state.held for state in states):
+            self._last_sign = Deadline(0)
+        # A migrate that was left out counts as done.
+        ours = states if self._sent.migrate else states[1:]
+        self._begun = self._begun or any(state.begun for state in ours)
+        self._taken = self._taken or self._begun or any(state.held for state in ours)
+        self._states = states
+
+    def _look_at_truth(self) -> None:
+        if self._sent is None and not self._truth_read.passed:
+            return
+        # While our chain is on its way a comparison would cost as much as its warm, and tell nothing.
+        compare = self._sent is None or self._states[1].status == "SUCCESS"
+        since = self._before.marker if self._before else None
+        try:
+            self.truth = readiness.look(
+                self._settings, self._tree, since=since, marker_suffices=self._before is not None, compare=compare
+            )
+        except WarmError:
+            # The rows cannot be compared; the warm will say why.
+            self.truth = None
+
+    def _look_at_lock(self) -> None:
+        with postgres.connect(self._settings.database, "init", answer_timeout=LOOK_TIMEOUT) as connection:
+            self._holder = str(lock.holder(connection) or "")
+
+    def _look_at_queue(self) -> None:
+        self._queue_state = chain.queue_state(self._queue)
+        if self._queue_state.messages:
+            self._last_sign = Deadline(0)

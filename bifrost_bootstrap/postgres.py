@@ -1,0 +1,167 @@
+"""PostgreSQL: connections of our own, their errors in our words, and the one read that tells where the schema is."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from threading import Timer
+from typing import LiteralString
+
+import psycopg
+from psycopg import sql
+
+from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, masked
+from bifrost_bootstrap.urls import PostgresUrl
+
+Connection = psycopg.Connection[tuple[object, ...]]
+
+#: Seconds for one connection attempt.
+CONNECT_TIMEOUT = 5
+#: Seconds for a short read; a pooler whose connections are all in use may take some of them.
+ANSWER_TIMEOUT = 10.0
+#: Client side: notice within 10 s that a server vanished without a word (values in seconds; the last in ms).
+KEEPALIVES = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+#: Words by which servers and poolers refuse a login; libpq gives no SQLSTATE for it.
+_REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no such database", "no such user",
+             "no pg_hba.conf entry", "not permitted", "permission denied", "certificate")  # fmt: skip
+
+
+class NoAnswer(psycopg.OperationalError):
+    """The line was cut by us: the other side took longer than it was given."""
+
+
+def application_name(role: str) -> str:
+    """What `pg_stat_activity` shows of us; PostgreSQL keeps 63 bytes of it."""
+    return f"bifrost-bootstrap {role} {socket.gethostname()}/{os.getpid()}"[:63]
+
+
+@contextmanager
+def connect(
+    url: PostgresUrl, role: str, *, autocommit: bool = True, answer_timeout: float | None = None
+) -> Iterator[Connection]:
+    """
+    A connection that leaves nothing behind at a pooler: no prepared statement, no session setting.
+
+    answer_timeout: seconds that the whole block may take (see `answering`); None is no limit. Errors inside the
+    block are raised in our words (see `translated`). Closed at the end.
+    """
+    with translated(url):
+        connection = psycopg.connect(
+            **{"connect_timeout": CONNECT_TIMEOUT, **KEEPALIVES, **url.parameters},  # type: ignore[arg-type]
+            application_name=application_name(role),
+            autocommit=autocommit,
+            prepare_threshold=None,
+        )
+        try:
+            with answering(connection, answer_timeout) if answer_timeout else nullcontext():
+                yield connection
+        finally:
+            connection.close()
+
+
+@contextmanager
+def answering(connection: Connection, seconds: float) -> Iterator[None]:
+    """
+    Cut the line when the block takes longer, and raise NoAnswer.
+
+    A server that is frozen, or a pooler without a free connection, acknowledges what we send and never answers.
+    """
+    expired = False
+
+    def cut() -> None:
+        nonlocal expired
+        expired = True
+        # Our own copy: by now the descriptor may be closed, or somebody else's.
+        line.shutdown(socket.SHUT_RDWR)
+
+    with socket.socket(fileno=os.dup(connection.fileno())) as line:
+        timer = Timer(seconds, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except psycopg.OperationalError as error:
+            if expired:
+                raise NoAnswer(f"no answer within {seconds:.0f}s") from error
+            raise
+        finally:
+            timer.cancel()
+            # Not while it still cuts: the number of our copy may be somebody else's afterwards.
+            timer.join()
+
+
+@contextmanager
+def translated(url: PostgresUrl) -> Iterator[None]:
+    """Raise RefusedError for a login, a right or a database, UnavailableError for a server that is away."""
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        raise _login_error(url, error) from error
+    except psycopg.InterfaceError as error:
+        raise UnavailableError(str(url), masked(str(error))) from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise RefusedError(str(url), masked(str(error).strip())) from error
+
+
+def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> BootstrapError:
+    # libpq prefixes each line with the address; the last line is the one that counts, but for what libpq asks us.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("?")]
+    text = masked(lines[-1] if lines else type(error).__name__)
+    if error.sqlstate is None and any(word in text for word in _REFUSALS):
+        return RefusedError(str(url), text)
+    return UnavailableError(str(url), text)
+
+
+def database_heads(connection: Connection, version_table: str) -> tuple[str, ...]:
+    """
+    The revisions that the database records; empty where the version table is absent or empty.
+
+    One statement and no lock beyond that of a read. Inside a transaction, a savepoint keeps it usable.
+    """
+    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(*version_table.split(".")))
+    try:
+        with nullcontext() if connection.autocommit else connection.transaction():
+            return tuple(str(row[0]) for row in connection.execute(query))
+    except psycopg.errors.UndefinedTable:
+        return ()
+
+
+def other_table(connection: Connection, table: str) -> str:
+    """A table of the same name in another schema than the one where `table` is found, `schema.table`; else ""."""
+    found = scalar(
+        connection,
+        "SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.relname = %s AND c.relkind IN ('r', 'p') AND c.oid IS DISTINCT FROM to_regclass(%s)"
+        " ORDER BY c.oid DESC LIMIT 1",
+        table.rsplit(".", maxsplit=1)[-1], table,
+    )  # fmt: skip
+    return str(found or "")
+
+
+def invalid_indexes(connection: Connection) -> dict[str, str]:
+    """
+    INVALID indexes that no session is building, each with the statement that repairs it.
+
+    An interrupted concurrent build or rebuild left them: every write keeps them up, no query uses them.
+    """
+    rows = connection.execute(
+        "SELECT i.indexrelid::regclass::text, c.relname ~ '_cc(new|old)[0-9]*$' FROM pg_index i"
+        " JOIN pg_class c ON c.oid = i.indexrelid WHERE NOT i.indisvalid AND c.relkind = 'i' AND NOT EXISTS"
+        " (SELECT FROM pg_stat_progress_create_index p WHERE p.datname = current_database()"
+        " AND coalesce(p.index_relid, i.indexrelid) = i.indexrelid) ORDER BY 1"
+    )
+    # What a REINDEX left beside the index that still serves is of no use.
+    return {str(name): f"{'DROP' if left else 'REINDEX'} INDEX CONCURRENTLY {name}" for name, left in rows}
+
+
+def scalar(connection: Connection, query: LiteralString, *parameters: object) -> object:
+    """First column of the first row, or None where there is no row."""
+    row = connection.execute(query, parameters).fetchone()
+    return row[0] if row else None

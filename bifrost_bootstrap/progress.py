@@ -1,0 +1,56 @@
+"""What a task tells while it is held by a worker: the one progress event, and where it lies in Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    How far a step is.
+
+    step: "migrate" or "warm". done, total: in `unit`; total 0 where it is not known. unit: "revisions",
+    "modules", or "" while waiting. note: what is going on now, in words.
+    """
+
+    step: str
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+#: Where a step reports to; called in the thread of the step, must not raise.
+Report = Callable[[Progress], None]
+
+
+#: Message header: seconds that the waiting init has left. Calls by hand have none.
+DEADLINE_HEADER = "bifrost_deadline"
+#: Header of the first task of a chain that an init waits for: it runs only while that init wants it.
+WANTED_HEADER = "bifrost_wanted"
+
+
+def progress_key(task_id: str) -> bytes:
+    """Where a running task leaves its last `Progress`, as JSON."""
+    return b"bifrost:bootstrap:progress:" + task_id.encode()
+
+
+def wanted_key(task_id: str) -> bytes:
+    """Exists while an init waits for the chain that begins with this task."""
+    return b"bifrost:bootstrap:wanted:" + task_id.encode()
+
+
+#: Seconds between two heartbeats, and for how long one vouches for a task: a worker that is paused for 5 s is not
+#: taken for dead, and a dead one is noticed within 10 s.
+BEAT, HELD_TTL = 2.0, 10
+
+
+def held_key(task_id: str) -> bytes:
+    """Exists while a living worker holds the task: its main process vouches for what waits, the task for itself."""
+    return b"bifrost:bootstrap:held:" + task_id.encode()

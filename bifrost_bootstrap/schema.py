@@ -1,0 +1,74 @@
+"""Where the database stands, seen from this image's tree: the verdict before any DDL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bifrost_bootstrap import postgres
+from bifrost_bootstrap.errors import SchemaError
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Revision, Tree
+from bifrost_bootstrap.urls import PostgresUrl
+
+
+@dataclass(frozen=True)
+class SchemaState:
+    """
+    Where the database stands, seen from this tree.
+
+    verdict: "at_head", "empty" (no version is recorded), "behind", "unknown_revision" (a newer image was here,
+    or a foreign one), "several_heads", "empty_tree". `ready` also where the operator allows to be ahead.
+    """
+
+    verdict: str
+    heads: tuple[str, ...]
+    database_heads: tuple[str, ...]
+    pending: tuple[Revision, ...] = ()
+    ready: bool = False
+
+    def refusal(self) -> SchemaError | None:
+        """Why no migration can bring this database to this tree's head, or None."""
+        match self.verdict:
+            case "unknown_revision" if not self.ready:
+                unknown, heads = ", ".join(self.database_heads), ", ".join(self.heads)
+                return SchemaError(
+                    self.verdict,
+                    f"the database is at {unknown}, which this image does not have; it knows up to {heads}",
+                    "deploy the image that has it; for a rollback that keeps the schema set BIFROST_ALLOW_AHEAD=1",
+                )
+            case "several_heads":
+                return SchemaError(
+                    self.verdict,
+                    f"the tree has the heads {', '.join(self.heads)} and not each is a branch with a label of its own",
+                    f"merge them: alembic merge -m 'merge heads' {' '.join(self.heads)}",
+                )
+            case "empty_tree":
+                return SchemaError(
+                    self.verdict,
+                    "the tree has no revision",
+                    "check BIFROST_ALEMBIC_CONFIG and what the image holds",
+                )
+        return None
+
+
+def judge(tree: Tree, database_heads: Iterable[str], *, allow_ahead: bool) -> SchemaState:
+    """Compare the tree with the revisions that the database records."""
+    database = tuple(sorted(database_heads))
+    if not tree.revisions:
+        return SchemaState("empty_tree", (), database)
+    if any(revision not in tree.revisions for revision in database):
+        return SchemaState("unknown_revision", tree.heads, database, ready=allow_ahead)
+    if tree.forked:
+        return SchemaState("several_heads", tree.heads, database)
+    pending = tuple(tree.pending(database))
+    if not pending:
+        return SchemaState("at_head", tree.heads, database, ready=True)
+    return SchemaState("behind" if database else "empty", tree.heads, database, pending)
+
+
+def look(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
+    """One read: where the database stands. Raises UnavailableError, RefusedError."""
+    with postgres.connect(url, "schema", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
+        heads = postgres.database_heads(connection, settings.alembic_version_table)
+    return judge(tree, heads, allow_ahead=settings.allow_ahead)

@@ -1,0 +1,257 @@
+"""
+The settings: the only reader of the environment.
+
+Each field of `Settings` is one variable, `BIFROST_` + its name in capitals. `load` reads them as a whole and
+reports all faults at once; nothing here connects to a server, and no setting defaults to one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from bifrost_bootstrap.errors import SettingsError, remember_secret
+from bifrost_bootstrap.urls import PostgresUrl, parse_postgres
+
+PREFIX = "BIFROST_"
+#: Variables that serve without the prefix where the prefixed one is absent.
+UNPREFIXED = ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL")
+#: Where Kubernetes reads a container's last words.
+KUBERNETES_TERMINATION_LOG = Path("/dev/termination-log")
+#: The settings that say how and where to tell what is wrong with the others.
+TELLING = ("log_format", "log_level", "termination_log")
+#: The tree of a working folder, and what is said where none is named either.
+DEFAULT_TREE = Path("alembic.ini")
+NO_TREE = "BIFROST_ALEMBIC_CONFIG is not set, nor ALEMBIC_CONFIG, and there is no alembic.ini in the working folder"
+#: Seconds in the units that a duration may be written in.
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+#: What a command may need: the URL of a server, or a tree.
+Need = Literal["database", "redis", "rabbitmq", "tree"]
+
+
+def duration(value: object) -> float:
+    """Seconds from `90`, `90s`, `5m`, `1h30m`. Raises ValueError with what is legal."""
+    text = str(value).strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError("is no duration; write for example 90s, 5m or 1h30m")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _server_url(*schemes: str) -> Any:
+    def parse(value: object) -> object:
+        # Celery takes several brokers in turn, separated by semicolons.
+        for url in re.split(r";(?=\w+://)", str(value)):
+            _check_url(url, schemes)
+        return str(value)
+
+    return BeforeValidator(parse)
+
+
+def _check_url(url: str, schemes: tuple[str, ...]) -> None:
+    scheme = found[1] if (found := re.match(r"([\w+.-]+)://", url)) else ""
+    if scheme not in schemes:
+        raise ValueError(f"is no URL of this kind (scheme {scheme!r}; wanted {', '.join(schemes)})")
+    try:
+        parts = urlsplit(url)
+        # A "/", "?" or "#" that is not escaped ends the address in the middle of the password.
+        if parts.port == 0 or "@" in parts.path or parts.fragment:
+            raise ValueError
+    except ValueError:
+        raise ValueError("is no well-formed URL; in a password write / as %2F, ? as %3F and # as %23") from None
+    remember_secret(parts.password or "")
+
+
+def _postgres_url(value: object) -> object:
+    return parse_postgres(value) if isinstance(value, str) else value
+
+
+Duration = Annotated[float, BeforeValidator(duration), Field(ge=0)]
+DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(_postgres_url), PlainSerializer(str)]
+RedisUrl = Annotated[str, _server_url("redis", "rediss", "unix", "valkey", "valkeys")]
+#: redis:// is what `--embedded` uses; RabbitMQ is what is supported.
+BrokerUrl = Annotated[str, _server_url("amqp", "amqps", "pyamqp", "redis", "rediss", "redis+socket")]
+
+
+class Settings(BaseModel):
+    """What one process was told. Durations are seconds. `repr` holds no secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    #: The database of the platform, also through a pooler: the warm reads it, `check` looks at it.
+    database_url: DatabaseUrl | None = Field(default=None, repr=False)
+    #: A direct connection for migrations, where the former goes through a pooler. Default: the former.
+    migration_database_url: DatabaseUrl | None = Field(default=None, repr=False)
+    #: The module cache; Celery's result backend too, under a prefix of its own.
+    redis_url: RedisUrl | None = Field(default=None, repr=False)
+    #: Celery's broker.
+    rabbitmq_url: BrokerUrl | None = Field(default=None, repr=False)
+
+    #: Path of the tree's `alembic.ini`, or `builtin`. Default: `ALEMBIC_CONFIG`, then `./alembic.ini`.
+    alembic_config: str | None = None
+    #: Interpreter that has the tree's own Alembic and SQLAlchemy. Default: ours.
+    alembic_python: str | None = None
+    #: Version table of the tree, `schema.table` where it is not on the search path.
+    alembic_version_table: str = Field(default="alembic_version", pattern=r"^[^\s\"'.]+(\.[^\s\"'.]+)?$")
+    #: Start although the database is at a revision that this image does not have (rollback, rolling deploy).
+    allow_ahead: bool = False
+    #: How long a statement of a transactional revision waits for a lock before it is retried.
+    migration_lock_timeout: Duration = 5.0
+
+    #: Time to live of cache entries; 0 is none.
+    module_cache_ttl: Duration = 0.0
+    #: Pause between two looks of a standing worker's guard at the cache; 0 turns it off.
+    cache_guard_interval: Duration = 60.0
+
+    #: The whole of `init`, and of a task that was called by hand.
+    init_timeout: Duration = 600.0
+    #: Set by `init --with-worker` for the worker it brings along: the only queue that it consumes.
+    run_queue: str | None = None
+    #: `text` or `json` (one object a line), on stderr.
+    log_format: Literal["text", "json"] = "text"
+    #: `DEBUG` shows tracebacks and what the tree prints.
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    #: Gets one JSON line with the verdict. Default: Kubernetes' own file where it exists.
+    termination_log: Path | None = None
+    #: Touched every few seconds by a worker that is alive.
+    worker_health_file: Path | None = None
+
+    @property
+    def database(self) -> PostgresUrl:
+        """The database URL of a command that was loaded with `needs=("database",)`."""
+        assert self.database_url is not None
+        return self.database_url
+
+    @property
+    def migration_database(self) -> PostgresUrl:
+        return self.migration_database_url or self.database
+
+    @property
+    def redis(self) -> str:
+        """The Redis URL of a command that was loaded with `needs=("redis",)`."""
+        assert self.redis_url is not None
+        return self.redis_url
+
+
+def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = None) -> Settings:
+    """
+    Read the environment (default: the process's own).
+
+    Raises SettingsError with every fault: one of `needs` absent, a value that cannot be read, a variable and
+    its `_FILE` twin both set, a file that cannot be read. A value is never part of a message.
+    """
+    environment = os.environ if environment is None else environment
+    faults: list[str] = []
+    values: dict[str, str] = {}
+    sources, faulty = {}, set()
+    for name in Settings.model_fields:
+        for variable in _variables(name):
+            value, fault = _read(variable, environment)
+            if fault:
+                faults.append(fault)
+                faulty.add(name)
+            if value:
+                values[name], sources[name] = value, variable
+                break
+    if "alembic_config" not in values and environment.get("ALEMBIC_CONFIG"):
+        values["alembic_config"] = environment["ALEMBIC_CONFIG"]
+    values = _with_kubernetes(values)
+    for need in needs:
+        if need == "tree":
+            if "alembic_config" not in values.keys() | faulty and not DEFAULT_TREE.is_file():
+                faults.append(NO_TREE)
+        elif f"{need}_url" not in values.keys() | faulty:
+            faults.append(f"{PREFIX}{need.upper()}_URL is not set (nor {need.upper()}_URL, nor their _FILE)")
+    settings, malformed = _validate(values, sources)
+    if settings is None or faults:
+        raise SettingsError(faults + malformed)
+    return settings
+
+
+def load_telling(environment: Mapping[str, str] | None = None) -> Settings:
+    """
+    How and where to tell: log format, log level, termination log; everything else is left out.
+
+    Raises nothing: what is wrong with one of them is for `load` to say, and must be said somehow.
+    """
+    environment = os.environ if environment is None else environment
+    values = {name: _read(PREFIX + name.upper(), environment)[0] for name in TELLING}
+    legal = {name: value for name, value in values.items() if value and _validate({name: value}, {name: ""})[0]}
+    return Settings.model_validate(_with_kubernetes(legal))
+
+
+def _with_kubernetes(values: dict[str, str]) -> dict[str, str]:
+    if KUBERNETES_TERMINATION_LOG.exists():
+        return {"termination_log": str(KUBERNETES_TERMINATION_LOG), **values}
+    return values
+
+
+def _variables(name: str) -> list[str]:
+    capitals = name.upper()
+    return [PREFIX + capitals, *([capitals] if capitals in UNPREFIXED else [])]
+
+
+def _read(variable: str, environment: Mapping[str, str]) -> tuple[str, str]:
+    """The value of a variable or of the file that `{variable}_FILE` names, and what is wrong with it."""
+    value, file = environment.get(variable, ""), environment.get(f"{variable}_FILE", "")
+    if value and file:
+        return "", f"{variable} and {variable}_FILE are both set; keep one"
+    if not file:
+        return value, ""
+    try:
+        value = Path(file).read_text(encoding="utf-8").strip()
+        return value, "" if value else f"{variable}_FILE names {file}, which is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        return "", f"{variable}_FILE names {file}, which cannot be read: {reason}"
+
+
+def _validate(values: Mapping[str, str], sources: Mapping[str, str]) -> tuple[Settings | None, list[str]]:
+    try:
+        return Settings.model_validate(values), []
+    except ValidationError as error:
+        return None, [
+            f"{sources[str(fault['loc'][0])]} {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False, include_input=False)
+        ]
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The process's environment with `changes`, for a process that we start."""
+    return {**os.environ, **changes}
+
+
+def forget_celery_variables() -> None:
+    """
+    Drop `CELERY_*` variables from this process.
+
+    Celery prefers several of them to its configuration, so a stray one would send tasks to another broker.
+    """
+    for variable in [name for name in os.environ if name.startswith("CELERY_")]:
+        del os.environ[variable]
+
+
+def use_embedded_servers(database_url: str, redis_url: str) -> list[str]:
+    """
+    Point this process, and what it starts, at embedded servers; the broker is that Redis too.
+
+    Without a named tree it is the builtin one. Returns the variables of the environment that are ignored now.
+    """
+    ignored = []
+    for url in (*UNPREFIXED, "MIGRATION_DATABASE_URL"):
+        for variable in (PREFIX + url, url, f"{PREFIX}{url}_FILE", f"{url}_FILE"):
+            if os.environ.pop(variable, ""):
+                ignored.append(variable)
+    os.environ[f"{PREFIX}DATABASE_URL"] = database_url
+    os.environ[f"{PREFIX}REDIS_URL"] = os.environ[f"{PREFIX}RABBITMQ_URL"] = redis_url
+    os.environ.setdefault(f"{PREFIX}ALEMBIC_CONFIG", "builtin")
+    return ignored

@@ -1,0 +1,139 @@
+"""The forms in which operators write a PostgreSQL URL, and what each of our readers makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, quote, urlencode
+
+from bifrost_bootstrap.errors import remember_secret
+
+#: Connect arguments of asyncpg and of SQLAlchemy's asyncpg dialect that libpq has no word for.
+ASYNCPG_ONLY = frozenset(
+    {
+        "async_fallback", "command_timeout", "direct_tls", "max_cacheable_statement_size",
+        "max_cached_statement_lifetime", "prepared_statement_cache_size", "prepared_statement_name_func",
+        "server_settings", "statement_cache_size", "timeout",
+    }
+)  # fmt: skip
+#: asyncpg's `ssl=` takes booleans too.
+_SSL_WORDS = {
+    "true": "require",
+    "1": "require",
+    "on": "require",
+    "false": "disable",
+    "0": "disable",
+    "off": "disable",
+}
+#: What follows the scheme. Not urlsplit: a password may hold any character, also unescaped. Of several readings
+#: the first "@" counts after which address and query are well formed, so that a query may hold one too.
+_HOST = r"(?:\[[^\]@/?#]*\]|[^@/?#:,\[\]]*)(?::\d*)?"
+_WORD = r"[\w.%-]+=[^&]*"
+_URL = re.compile(
+    r"(?:(?P<user>[^:/?#]*?)(?::(?P<password>.*?))?@)??"
+    rf"(?P<address>{_HOST}(?:,{_HOST})*(?:/[^@?#]*)?)(?:\?(?P<query>{_WORD}(?:&{_WORD})*)?)?",
+    re.DOTALL,
+)
+_SCHEME = re.compile(r"[\w+.-]+://")
+_HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
+_STRAY_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+@dataclass(frozen=True)
+class PostgresUrl:
+    """
+    A PostgreSQL URL. Its text form and its repr never hold the password.
+
+    as_written: what the operator wrote, for the tree's env.py (a libpq keyword string is turned into a URL,
+    since SQLAlchemy reads no other). parameters: libpq's keywords, for psycopg.
+    """
+
+    as_written: str = field(repr=False)
+    parameters: dict[str, str] = field(repr=False)
+
+    def __str__(self) -> str:
+        host = self.parameters.get("host", "localhost")
+        return f"PostgreSQL {host}:{self.parameters.get('port', '5432')}/{self.database}"
+
+    @property
+    def database(self) -> str:
+        return self.parameters.get("dbname", self.parameters.get("user", ""))
+
+    @property
+    def target(self) -> str:
+        """Host, port and database as written: what two replicas of one deployment have in common."""
+        return f"{self.parameters.get('host', '')}:{self.parameters.get('port', '5432')}/{self.database}"
+
+
+def parse_postgres(text: str) -> PostgresUrl:
+    """
+    Read any SQLAlchemy or libpq form.
+
+    A driver suffix is ignored, `ssl` is read as `sslmode`, asyncpg-only parameters are dropped.
+
+    Raises ValueError with a text that names the fault and never the value.
+    """
+    from psycopg import ProgrammingError
+    from psycopg.conninfo import conninfo_to_dict
+
+    is_url = _SCHEME.match(text) is not None
+    libpq = _libpq_url(text) if is_url else text
+    try:
+        parameters = {key: str(value) for key, value in conninfo_to_dict(libpq).items() if value is not None}
+    except ProgrammingError as error:
+        raise ValueError(_without_values(str(error))) from None
+    remember_secret(parameters.get("password", ""))
+    # SQLAlchemy knows no `postgres://`.
+    as_written = text.replace("postgres://", "postgresql://", 1) if is_url else _as_url(parameters)
+    return PostgresUrl(as_written, parameters)
+
+
+def _libpq_url(text: str) -> str:
+    scheme, rest = text.split("://", 1)
+    if scheme.split("+")[0] not in {"postgresql", "postgres"}:
+        raise ValueError(f"is no PostgreSQL URL (scheme {scheme!r}; wanted postgresql://)")
+    found = _URL.fullmatch(rest)
+    if found is None:
+        raise ValueError("cannot be read as a PostgreSQL URL")
+    user, password, address, query = (found[part] or "" for part in ("user", "password", "address", "query"))
+    remember_secret(password)
+    # libpq refuses what is not escaped; SQLAlchemy takes it as it is.
+    user, password = (quote(_STRAY_PERCENT.sub("%25", part), safe="%") for part in (user, password))
+    credentials = user + (f":{password}" if password else "")
+    at = "@" if credentials else ""
+    kept: list[tuple[str, str]] = []
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if key == "ssl":
+            kept.append(("sslmode", _SSL_WORDS.get(value.lower(), value)))
+        elif key not in ASYNCPG_ONLY:
+            kept.append((key, value))
+    return f"postgresql://{credentials}{at}{address}?{urlencode(_one_host(kept), quote_via=quote)}"
+
+
+def _one_host(query: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """SQLAlchemy writes several hosts as `host=one:5432&host=two:5433`, libpq as `host=one,two&port=5432,5433`."""
+    hosts = [value for key, value in query if key == "host"]
+    if not any(_HOST_AND_PORT.fullmatch(host) for host in hosts):
+        return query
+    pairs = [host.partition(":") for host in hosts]
+    rest = [(key, value) for key, value in query if key not in {"host", "port"}]
+    return [*rest, ("host", ",".join(pair[0] for pair in pairs)), ("port", ",".join(pair[2] for pair in pairs))]
+
+
+def _without_values(message: str) -> str:
+    # libpq names the parameter first and may quote more of the string after it.
+    if "parameter: " in message or "option " in message:
+        return message.strip().splitlines()[0]
+    return "cannot be read as a PostgreSQL URL"
+
+
+def _as_url(parameters: dict[str, str]) -> str:
+    rest = {key: value for key, value in parameters.items() if key not in {"user", "password", "dbname"}}
+    user = ":".join(quote(parameters[key], safe="") for key in ("user", "password") if key in parameters)
+    return f"postgresql://{user}{'@' if user else ''}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(rest)}"
+
+
+def digest(*words: str) -> str:
+    """12 hex digits that stand for these words, for names of queues."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]

@@ -1,0 +1,93 @@
+"""Waiting for servers that are not up yet: side by side, said once and then steadily, within the deadline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import Empty, Queue
+from threading import Event, Thread
+
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import RefusedError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at a server, and between two log lines about it.
+LOOK_PAUSE, SAY_AGAIN = 0.5, 10.0
+#: Seconds that a server gets for the answer to one look.
+LOOK_TIMEOUT = 5.0
+#: Seconds for which a refused login may still become right: the official images create user and database while
+#: they already answer.
+REFUSAL_PATIENCE = 30.0
+
+Look = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Waited:
+    """A server that was not there at once, and how long it took (seconds)."""
+
+    server: str
+    seconds: float
+
+
+def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
+    """
+    Call each look until it no longer raises UnavailableError or RefusedError.
+
+    Returns what had to be waited for. Raises the error of a server at the deadline, a RefusedError that lasts
+    longer than `REFUSAL_PATIENCE`, and any other error of a look at once.
+    """
+    since = Deadline(deadline.remaining)
+    missing: dict[str, BaseException] = {server: UnavailableError(server, "no answer yet") for server in servers}
+    refused: dict[str, Deadline] = {}
+    said: dict[str, Deadline] = {}
+    waited: list[Waited] = []
+    seen: Queue[tuple[str, BaseException | None]] = Queue()
+    given_up = Event()
+    for server, look in servers.items():
+        # Each in a thread of its own, none has to wait for another; a look that hangs must not keep the process.
+        Thread(target=_watch, args=(server, look, seen, given_up), name=server, daemon=True).start()
+    try:
+        while missing:
+            if deadline.passed:
+                raise next(iter(missing.values()))
+            try:
+                server, error = seen.get(timeout=min(LOOK_PAUSE, deadline.remaining))
+            except Empty:
+                continue
+            if error is None:
+                del missing[server]
+                if server in said:
+                    waited.append(Waited(server, round(since.elapsed, 1)))
+                    logger.info("%s is there after %.1fs", server, since.elapsed)
+                continue
+            missing[server] = error
+            if not isinstance(error, RefusedError):
+                refused.pop(server, None)
+            elif refused.setdefault(server, Deadline(REFUSAL_PATIENCE)).passed:
+                raise error
+            if not isinstance(error, UnavailableError | RefusedError):
+                raise error
+            if server not in said or said[server].passed:
+                said[server] = Deadline(SAY_AGAIN)
+                logger.info("waiting for it: %s (%.0fs of %.0fs)", error, deadline.elapsed, deadline.seconds)
+    finally:
+        given_up.set()
+    return waited
+
+
+def _watch(server: str, look: Look, seen: Queue[tuple[str, BaseException | None]], given_up: Event) -> None:
+    while not given_up.is_set():
+        try:
+            look()
+        except (UnavailableError, RefusedError) as error:
+            seen.put((server, error))
+        except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
+            seen.put((server, error))
+            return
+        else:
+            seen.put((server, None))
+            return
+        given_up.wait(LOOK_PAUSE)

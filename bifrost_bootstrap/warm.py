@@ -1,0 +1,215 @@
+"""The step `warm`: make the module cache equal to the database, in one visible step, beside live writers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bifrost_bootstrap import cache_diff, module_cache, redis_server
+from bifrost_bootstrap.cache_diff import CacheDiff, Snapshot
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import ShrinkError, WarmError
+from bifrost_bootstrap.module_cache import Marker, ModuleCache, Stage
+from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: Path, content and `content_hash` of a row.
+Content = tuple[str, str, str | None]
+
+#: Comparisons until no difference is left; each after the first meets only what was written meanwhile.
+MOST_PASSES = 20
+#: Pauses between passes, seconds: a live writer needs a moment from his commit to his entry.
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+#: Characters of content sent in one go: large enough to amortise a system call, small enough that neither
+#: PostgreSQL nor Redis waits while we are busy with the other.
+BATCH_SIZE = 500_000
+#: More added entries than this are written where they belong at once: no index names them before the switch, and
+#: it then has half as much to do.
+LARGE_FILL = 5000
+#: Seconds that Redis needs to switch one entry (72 to 95 ms for 10,000 measured), and when that is worth a warning.
+SWITCH_SECONDS, LONG_SWITCH = 0.0000095, 1.0
+#: What an entry takes in Redis beside its content (bytes), and what JSON and the allocator add to that (measured).
+ENTRY_BYTES, ENTRY_GROWTH = 300, 1.3
+#: Paths named in a log line.
+NAMED_PATHS = 5
+
+# What is reported before each part of a pass: the points at which the tests stop a warm, or kill it.
+READING, COMPARING, STAGING, SWITCHING = "reading the cache", "comparing", "staging", "switching"
+
+
+@dataclass(frozen=True)
+class WarmResult:
+    """
+    What a warm did. Counts of entries; `bytes` of the entries written; `heads` of the database that was warmed from.
+
+    odd: rows that cannot be cached, as (path, reason).
+    """
+
+    warm_id: str
+    modules: int
+    heads: list[str]
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    expiring: int = 0
+    bytes: int = 0
+    passes: int = 1
+    seconds: float = 0.0
+    odd: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def warm(
+    settings: Settings, deadline: Deadline, report: Report, *, full: bool = False, allow_shrink: bool = False
+) -> WarmResult:
+    """
+    Compare, stage what differs, switch, and compare again until nothing differs.
+
+    full: trust no hash and rewrite every entry. allow_shrink: remove however many entries. Safe to be run by
+    several processes at once, and to be killed at any instant: the previous cache stands until the switch.
+
+    Raises WarmError, ShrinkError, UnavailableError, RefusedError; in each case nothing was changed by the pass
+    that failed.
+    """
+    with (
+        redis_server.connect(settings.redis) as client,
+        cache_diff.snapshots(settings.database, settings.alembic_version_table) as take,
+    ):
+        room = redis_server.room_for_writing(client, settings.redis)
+        cache = ModuleCache(client, settings.module_cache_ttl)
+        return _Warm(settings, cache, take, room, report, allow_shrink).run(deadline, full)
+
+
+class _Warm:
+    """One warm, pass by pass. `room`: bytes that Redis has left, None without a limit."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        cache: ModuleCache,
+        take: Callable[[], AbstractContextManager[Snapshot]],
+        room: int | None,
+        report: Report,
+        allow_shrink: bool,
+    ) -> None:
+        self.settings, self.cache, self.take, self.room = settings, cache, take, room
+        self.report, self.allow_shrink = report, allow_shrink
+        self.warm_id = uuid.uuid4().hex[:16]
+        self.counts = {"added": 0, "changed": 0, "removed": 0, "expiring": 0, "bytes": 0}
+        #: By the last switch, because somebody else had written them. Perhaps the index does not name them.
+        self.left_alone: list[bytes] = []
+
+    def run(self, deadline: Deadline, full: bool) -> WarmResult:
+        started = time.monotonic()
+        number = 0
+        while True:
+            number += 1
+            diff, heads = self._pass(full=full and number == 1)
+            if diff.empty:
+                for path, why in diff.odd:
+                    logger.warning("row %r is not cached: %s", path, why)
+                return WarmResult(
+                    self.warm_id, diff.modules, heads, **self.counts, passes=number,
+                    seconds=round(time.monotonic() - started, 3), odd=diff.odd,
+                )  # fmt: skip
+            if number == MOST_PASSES or deadline.passed:
+                raise WarmError(f"rows or entries went on changing for {number} passes; last found: {diff.summary()}")
+            # As large as the cache perhaps, and the next pass makes its own.
+            del diff
+            if number > 1:
+                deadline.pause(number - 1, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
+
+    def _pass(self, *, full: bool) -> tuple[CacheDiff, list[str]]:
+        """One comparison and, where it finds something, one switch. An empty one confirms the marker."""
+        self.report(Progress("warm", note=READING))
+        # The cache first: what is written between the two reads is then found to differ, and left alone.
+        states = self.cache.states(self.left_alone)
+        self.report(Progress("warm", note=COMPARING))
+        with self.take() as rows:
+            diff = cache_diff.compare(states, rows, full=full)
+            if diff.shrinks and not self.allow_shrink:
+                raise ShrinkError(len(diff.removed), diff.indexed, str(self.settings.database))
+            self._warn_of_little_room(diff, rows)
+            planned = self._stage(diff, rows, full=full)
+            heads = list(rows.heads)
+        self._switch(planned, Marker(self.warm_id, diff.modules, heads, settled=diff.empty))
+        for kind in cache_diff.KINDS:
+            self.counts[kind] += len(getattr(diff, kind))
+        return diff, heads
+
+    def _warn_of_little_room(self, diff: CacheDiff, rows: Snapshot) -> None:
+        moved = diff.added + diff.changed
+        if self.room is None or not moved:
+            return
+        needed = rows.bytes_of(moved) * ENTRY_GROWTH + ENTRY_BYTES * len(moved)
+        if needed > self.room:
+            logger.warning(
+                "this warm needs about %.1f MB in %s, which has %.1f MB left below maxmemory",
+                needed / 1e6, redis_server.described(self.settings.redis), self.room / 1e6,
+            )  # fmt: skip
+
+    def _stage(self, diff: CacheDiff, rows: Snapshot, *, full: bool) -> int:
+        """Write new and changed entries where no reader looks, and plan the switch. Returns how much is planned."""
+        with self.cache.stage(self.warm_id) as stage:
+            if len(diff.added) > LARGE_FILL:
+                self._write(stage, diff.added, rows, diff, in_place=True, full=full)
+                self._write(stage, diff.changed, rows, diff, full=full)
+            else:
+                self._write(stage, diff.added + diff.changed, rows, diff, full=full)
+            stage.plan("remove", ((path, diff.compared[path]) for path in diff.removed))
+            stage.plan("keep", ((path, diff.compared[path]) for path in diff.expiring))
+            return stage.planned
+
+    def _write(
+        self, stage: Stage, paths: list[bytes], rows: Snapshot, diff: CacheDiff, *, full: bool, in_place: bool = False
+    ) -> None:
+        """Read these modules and write their entries, batch by batch."""
+        if not paths:
+            return
+        renewal = Deadline(module_cache.STAGE_TTL / 3)
+        for batch in _batches(rows.contents(paths, all_rows=len(paths) > diff.modules / 2)):
+            entries = [_entry(*row, full=full) for row in batch]
+            stage.write(((path, value, diff.compared[path]) for path, value in entries), in_place=in_place)
+            self.counts["bytes"] += sum(len(value) for _, value in entries)
+            self.report(Progress("warm", stage.planned, len(diff.added) + len(diff.changed), "modules", STAGING))
+            if renewal.passed:
+                self.cache.renew(self.warm_id)
+                renewal = Deadline(module_cache.STAGE_TTL / 3)
+
+    def _switch(self, planned: int, marker: Marker) -> None:
+        if (seconds := planned * SWITCH_SECONDS) > LONG_SWITCH:
+            logger.warning("the switch of %d entries will block Redis for about %.1fs", planned, seconds)
+        self.report(Progress("warm", note=SWITCHING))
+        self.left_alone = self.cache.switch(marker, planned)
+        if self.left_alone:
+            named = ", ".join(repr(path.decode(errors="replace")) for path in self.left_alone[:NAMED_PATHS])
+            logger.info("%d entries were written by somebody else and left alone: %s", len(self.left_alone), named)
+
+
+def _entry(path: str, content: str, content_hash: str | None, *, full: bool) -> tuple[bytes, bytes]:
+    known = None if full else cache_diff.trusted(content_hash)
+    digest = known or hashlib.sha256(content.encode()).hexdigest()
+    return path.encode(), module_cache.entry(path, content, digest)
+
+
+def _batches(contents: Iterable[Content]) -> Iterator[list[Content]]:
+    batch: list[Content] = []
+    size = 0
+    for row in contents:
+        batch.append(row)
+        size += len(row[1])
+        if size >= BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,189 @@
+"""
+What makes Celery's worker ours: which queues it consumes, when it acknowledges, and its heartbeat.
+
+Loaded by every worker of the app (`imports` in `celeryconfig.py`), also by the stock `celery worker` command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import bootsteps
+from celery.bin.celery import celery as celery_command
+from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError
+from celery.platforms import SecurityWarning
+from celery.signals import celeryd_after_setup, setup_logging
+from celery.worker import state
+from celery.worker.request import Request
+from kombu.exceptions import OperationalError
+
+from bifrost_bootstrap import logs, redis_server, settings as environment, tree as trees
+from bifrost_bootstrap.celery import WARM, add_queue, app
+from bifrost_bootstrap.decision import MESSAGE_TTL
+from bifrost_bootstrap.errors import BootstrapError, masked
+from bifrost_bootstrap.guard import ANY_TASK, Guard
+from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
+from bifrost_bootstrap.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that one heartbeat may block the worker's loop when Redis is silent.
+BEAT_TIMEOUT = 1.0
+
+
+class AcknowledgedOnReceipt(Request):  # type: ignore[misc]
+    """
+    Acknowledges a message when it arrives, not when its task starts.
+
+    A message that waits unacknowledged behind a long migration would run into the broker's consumer timeout,
+    which ends the worker. What is lost with a worker is enqueued again by the init that waits for it.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # Told to stop since the loop last looked: unacknowledged, the message goes to another worker.
+        state.maybe_shutdown()
+        try:
+            super().__init__(*arguments, **options)
+        except ValueError as error:
+            # Celery would end the worker for it.
+            raise InvalidTaskError(f"its body is no task's: {error}") from error
+        self.acknowledge()
+
+
+@setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
+def configure_logging(**_facts: Any) -> None:
+    """Our log set-up in place of Celery's, also under the stock command."""
+    settings = environment.load()
+    logs.configure(settings.log_format, settings.log_level)
+
+
+@celeryd_after_setup.connect(weak=False)  # type: ignore[untyped-decorator]
+def choose_queues(**_facts: Any) -> None:
+    """Consume the calls by hand and the queue of our tree; the worker of one run consumes that run's queue alone."""
+    # Told at every reconnect, about late acknowledgement, which we do not use.
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)
+    try:
+        settings = environment.load(needs=("database", "redis", "rabbitmq"))
+        tree = trees.load(settings)
+    except BootstrapError as error:
+        logger.error("%s", error)
+        raise SystemExit(int(error.exit_code)) from None
+    name = settings.run_queue or tree.queue(settings.database.target)
+    queues = app.amqp.queues
+    queue = add_queue(name)
+    if settings.run_queue:
+        queues.select([name])
+    else:
+        queues.select_add(queue)
+    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.config, tree.why, name)
+
+
+class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Every two seconds: vouch for the tasks that this worker holds, and touch the health file."""
+
+    requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self.settings: Settings = environment.load(needs=("redis",))
+        self.timer: Any = None
+
+    def start(self, worker: Any) -> None:
+        self.timer = worker.timer.call_repeatedly(BEAT, self.beat)
+
+    def stop(self, worker: Any) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    def beat(self) -> None:
+        if file := self.settings.worker_health_file:
+            _touch(file)
+        held = {request.id for request in (*state.reserved_requests, *state.active_requests)}
+        if not held:
+            return
+        try:
+            with redis_server.connect(self.settings.redis, answer_timeout=BEAT_TIMEOUT) as client:
+                _vouch(client, {*held, ANY_TASK})
+        except BootstrapError as error:
+            logger.debug("heartbeat: %s", error)
+
+
+def _touch(file: Path) -> None:
+    try:
+        file.touch()
+    except OSError as error:
+        logger.warning("BIFROST_WORKER_HEALTH_FILE %s cannot be touched: %s", file, error.strerror)
+
+
+def _vouch(client: redis.Redis, task_ids: set[str]) -> None:
+    with client.pipeline(transaction=False) as pipeline:
+        for task_id in task_ids:
+            pipeline.set(held_key(task_id), b"1", ex=HELD_TTL)
+        pipeline.execute()
+
+
+class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Has the guard look at the module cache now and then; not in the worker of one run, which ends with it."""
+
+    requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self.settings: Settings = environment.load(needs=("database", "redis", "rabbitmq"))
+        self.enabled = bool(self.settings.cache_guard_interval) and not self.settings.run_queue
+        self.timer: Any = None
+
+    def start(self, worker: Any) -> None:
+        tree = trees.load(self.settings)
+        queue = tree.queue(self.settings.database.target)
+
+        def rewarm() -> None:
+            try:
+                app.signature(WARM).apply_async(queue=queue, expiration=MESSAGE_TTL)
+            except (OperationalError, *app.connection_for_write().connection_errors) as error:
+                logger.warning("guard: the warm could not be enqueued: %s", masked(str(error)))
+
+        guard = Guard(self.settings, tree, rewarm)
+        self.timer = worker.timer.call_repeatedly(guard.interval, guard.start_look)
+
+    def stop(self, worker: Any) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+
+app.steps["worker"].update({Heartbeat, GuardStep})
+
+
+def run(settings: Settings) -> int:
+    """Run a worker until it is told to stop; return Celery's exit code, 0 where it ended as it was told."""
+    # Celery warns root because of pickled messages; ours are JSON, and any other is refused.
+    warnings.simplefilter("ignore", SecurityWarning)
+    if settings.run_queue:
+        _end_with_stdin()
+    # The node name tells replicas on one host apart; mingle and gossip would cost a second and serve nothing.
+    name = f"bootstrap-{os.getpid()}@%h"
+    options = ["--hostname", name, "--without-mingle", "--without-gossip", "--loglevel", settings.log_level]
+    # Not app.worker_main, which drops the exit code.
+    arguments = ["--app", "bifrost_bootstrap", "--quiet", "worker", *options]
+    return int(celery_command.main(args=arguments, prog_name="celery", standalone_mode=False) or 0)
+
+
+def _end_with_stdin() -> None:
+    """The worker of one init ends when that init does, however it ends: their pipe closes."""
+
+    def wait() -> None:
+        # Not sys.stdin: a pool process forked meanwhile would inherit its lock, taken.
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,12 @@
+"""A small tree whose second revision fails."""
+
+import os
+
+from alembic import context
+from sqlalchemy import create_engine, make_url
+
+url = make_url(os.environ["BIFROST_DATABASE_URL"]).set(drivername="postgresql+psycopg")
+with create_engine(url).connect() as connection:
+    context.configure(connection=connection, transaction_per_migration=True)
+    with context.begin_transaction():
+        context.run_migrations()

@@ -1,0 +1,92 @@
+"""Workers that come late or are killed, an init that is killed, and the end of the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.compose.stack import OpenStack, Stack, wait_until
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
+
+#: Kills every process of the container but the minimal init, which then ends as its child did.
+KILL_ALL = ("sh", "-c", "kill -9 -1")
+RUNS = "SELECT count(*) FROM runs"
+#: Sessions that run the revision at the gate.
+AT_GATE = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%gate WHERE%' AND pid <> pg_backend_pid()"
+
+
+@pytest.fixture(scope="module")
+def servers(open_stack: OpenStack) -> Iterator[Stack]:
+    """The servers alone."""
+    with open_stack("disturbed", "docker-compose.yml", "tests/compose/gated-tree.yml") as stack:
+        stack.compose("up", "-d", "--wait", "postgres", "pgbouncer", "redis", "rabbitmq")
+        yield stack
+
+
+@pytest.fixture
+def stack(servers: Stack) -> Stack:
+    """The servers with an empty database and an open gate; no container of ours."""
+    servers.compose("rm", "--force", "--stop", "init", "bootstrap-worker", "flower")
+    servers.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE TABLE gate AS SELECT false AS closed")
+    return servers
+
+
+def close_gate(stack: Stack) -> None:
+    """The second revision runs until the gate is open."""
+    stack.sql("UPDATE gate SET closed = true")
+
+
+def open_gate(stack: Stack) -> None:
+    """The second revision may end."""
+    stack.sql("UPDATE gate SET closed = false")
+
+
+def wait_at_gate(stack: Stack) -> None:
+    """The second revision is running."""
+    wait_until(lambda: stack.sql(AT_GATE) == "1", "the revision waits at the gate")
+
+
+def test_workers_arrive_while_init_waits(stack: Stack) -> None:
+    """Init waits while there is no bootstrap worker, names what is missing, and ends with 0 after three have come."""
+    stack.compose("up", "-d", "--scale", "bootstrap-worker=0", "init")
+    wait_until(lambda: "no bootstrap worker" in stack.output("init"), "init says that a bootstrap worker is missing")
+    stack.compose("up", "-d", "--no-deps", "--scale", "bootstrap-worker=3", "bootstrap-worker")
+    assert stack.wait("init") == 0, stack.output("init")
+    assert stack.sql(RUNS) == "1"
+
+
+def test_bootstrap_worker_killed_during_a_migration(stack: Stack) -> None:
+    """The worker is killed in the middle of a migration: it is restarted, init ends with 0, the migration ran once."""
+    close_gate(stack)
+    stack.compose("up", "-d", "init")
+    wait_at_gate(stack)
+    stack.compose("exec", "-T", "bootstrap-worker", *KILL_ALL, check=False)
+    open_gate(stack)
+    assert stack.wait("init") == 0, stack.output("init")
+    assert stack.inspect("bootstrap-worker")["RestartCount"] == 1
+    assert stack.sql(RUNS) == "1"
+
+
+def test_init_killed_during_a_migration(stack: Stack) -> None:
+    """Init is killed in the middle of a migration: the worker goes on, and the next `up` ends with 0."""
+    close_gate(stack)
+    stack.compose("up", "-d", "init")
+    wait_at_gate(stack)
+    stack.compose("kill", "init")
+    assert stack.wait("init") == 137
+    stack.compose("up", "-d", "init")
+    open_gate(stack)
+    assert stack.wait("init") == 0, stack.output("init")
+    assert stack.sql(RUNS) == "1"
+
+
+def test_stop_is_clean(stack: Stack) -> None:
+    """`stop` ends an idle worker and Flower by SIGTERM alone, with 0, well within the grace period."""
+    stack.compose("up", "-d", "init", "flower")
+    assert stack.wait("init") == 0, stack.output("init")
+    stack.compose("up", "-d", "--wait", "--no-deps", "flower", "bootstrap-worker")
+    stack.compose("stop", "bootstrap-worker", "flower")
+    ended = {service: stack.inspect(service)["State"]["ExitCode"] for service in ("bootstrap-worker", "flower")}
+    assert ended == {"bootstrap-worker": 0, "flower": 0}

@@ -1,0 +1,90 @@
+"""What the deployment files say twice, and what Compose says to who has set nothing. No engine is needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bifrost_bootstrap.settings import Settings
+from tests.compose.stack import CHECKOUT, run
+
+SERVICES = CHECKOUT / "deploy/compose/services.yml"
+COMPOSE = CHECKOUT / "docker-compose.yml"
+#: Variables of the files that are no settings of the package: what the platform reads, and Compose's own.
+FOREIGN = {
+    "BIFROST_ENVIRONMENT",
+    "BIFROST_SECRET_KEY",
+    "BIFROST_SECRETS_DIR",
+    "BIFROST_BASE_IMAGE",
+    "BIFROST_BOOTSTRAP_IMAGE",
+    "BIFROST_API_IMAGE",
+    "BIFROST_API_COMMAND",
+    "BIFROST_WORKER_COMMAND",
+}
+DEV_PASSWORDS = dict.fromkeys(
+    ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "RABBITMQ_PASSWORD", "FLOWER_PASSWORD"), "bifrost"
+)
+
+
+def test_every_setting_in_the_files_is_one() -> None:
+    """No Compose file and no .env.example names a setting that the package does not read."""
+    settings = {f"BIFROST_{name.upper()}" for name in Settings.model_fields}
+    for file in (SERVICES, COMPOSE, CHECKOUT / "docker-compose.dev.yml", CHECKOUT / ".env.example"):
+        named = set(re.findall(r"\bBIFROST_[A-Z_]+\b", file.read_text()))
+        unknown = {name for name in named - settings - FOREIGN if name.removesuffix("_FILE") not in settings}
+        assert unknown == set(), file.name
+
+
+def test_every_variable_of_the_example_has_a_reader() -> None:
+    """Each variable of .env.example stands in a Compose file, so that setting it has an effect."""
+    example = re.findall(r"^#?([A-Z_]+)=", (CHECKOUT / ".env.example").read_text(), re.MULTILINE)
+    assert len(example) > 10
+    read = SERVICES.read_text() + COMPOSE.read_text()
+    assert [name for name in example if not re.search(rf"\b{name}\b", read)] == []
+
+
+def test_passwords_are_required() -> None:
+    """Without settings Compose refuses and says what to do."""
+    if not shutil.which("docker") or run("docker", "compose", "version", check=False).returncode:
+        pytest.skip("no docker compose on this machine")
+    refused = run("docker", "compose", "--env-file", "/dev/null", "-f", COMPOSE, "config", check=False)
+    assert refused.returncode != 0
+    assert "BIFROST_SECRETS_DIR" in refused.stderr
+    assert "make-secrets" in refused.stderr
+
+
+def test_development_secrets_are_what_make_secrets_writes(tmp_path: Path) -> None:
+    """The committed secrets for development are those of make-secrets with the password `bifrost`."""
+    run(CHECKOUT / "deploy/compose/make-secrets", tmp_path / "made", variables=DEV_PASSWORDS)
+    committed = CHECKOUT / "deploy/compose/dev-secrets"
+    assert {file.name: file.read_text() for file in committed.iterdir()} == {
+        file.name: file.read_text()
+        for file in (tmp_path / "made").iterdir()
+        if file.name not in {".gitignore", "platform.env"}
+    }
+
+
+def test_make_secrets_keeps_what_is_there(tmp_path: Path) -> None:
+    """A second run changes nothing, the folder is closed to others, and each run makes other passwords."""
+    script = CHECKOUT / "deploy/compose/make-secrets"
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(script, first)
+    made = (first / "database-url").read_text()
+    run(script, first)
+    assert (first / "database-url").read_text() == made
+    assert first.stat().st_mode & 0o777 == 0o700
+    run(script, second)
+    assert (second / "database-url").read_text() != made
+
+
+def test_make_secrets_refuses_what_needs_quoting(tmp_path: Path) -> None:
+    """A password with a character that a URL or a configuration file would read otherwise is refused."""
+    script = CHECKOUT / "deploy/compose/make-secrets"
+    refused = run(script, tmp_path / "made", check=False, variables={"REDIS_PASSWORD": "not@safe"})
+    assert refused.returncode == 64
+    assert "REDIS_PASSWORD" in refused.stderr
+    assert "not@safe" not in refused.stderr
+    assert not (tmp_path / "made").exists()

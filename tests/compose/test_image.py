@@ -1,0 +1,58 @@
+"""The image by itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.compose.stack import run
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
+
+#: As strict as a container can be made.
+STRICT = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bifrost-bootstrap", "--version"),
+        ("python", "-m", "bifrost_bootstrap", "--version"),
+        ("celery", "-A", "bifrost_bootstrap", "--version"),
+    ],
+    ids=" ".join,
+)
+def test_any_command_can_follow(image: str, command: tuple[str, ...]) -> None:
+    """The entry point is a minimal init, so the command, the module and Celery all work as command."""
+    assert run("docker", "run", "--rm", *STRICT, image, *command).stdout.strip()
+
+
+def test_exit_codes_come_through(image: str) -> None:
+    """Init without settings ends with 78, also as the child of the minimal init."""
+    result = run("docker", "run", "--rm", *STRICT, image, check=False)
+    assert result.returncode == 78, result.stderr
+    assert "BIFROST_DATABASE_URL" in result.stderr
+
+
+def test_user_and_labels(image: str) -> None:
+    """The image names its user by number and carries the labels of the OCI."""
+    config = json.loads(run("docker", "image", "inspect", image).stdout)[0]["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Labels"]["org.opencontainers.image.title"] == "bifrost-bootstrap"
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
+
+
+def test_everything_is_compiled_and_nothing_builds(image: str) -> None:
+    """Each module that a start imports has its bytecode in the image, and no build tool is left in it."""
+    imported = (
+        "import sys, alembic.command, celery.bin.celery, celery.worker, kombu, psycopg, redis, "
+        "sqlalchemy, bifrost_bootstrap.__main__\n"
+        "import os\n"
+        "files = [m.__cached__ for m in list(sys.modules.values()) if getattr(m, '__cached__', None)]\n"
+        "assert len(files) > 500\n"
+        "print([f for f in files if not os.path.exists(f)])"
+    )
+    assert run("docker", "run", "--rm", *STRICT, image, "python", "-c", imported).stdout == "[]\n"
+    tools = "! command -v gcc && ! command -v make && ! python -m pip --version"
+    run("docker", "run", "--rm", *STRICT, image, "sh", "-c", tools)

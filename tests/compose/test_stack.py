@@ -1,0 +1,154 @@
+"""The stack as an operator runs it: docker-compose.yml with secrets from make-secrets."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compose.stack import OpenStack, Stack, run
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
+
+WARM = "bifrost.bootstrap.warm_module_cache"
+OURS = ("bootstrap-worker", "init", "flower")
+PLATFORM = ("api", "worker")
+
+
+@pytest.fixture(scope="module")
+def gated(open_stack: OpenStack) -> Iterator[tuple[Stack, dict[str, Any]]]:
+    """Up from nothing; then a module in the database, and up with the platform, and how init had ended then."""
+    with open_stack("stack", "docker-compose.yml") as stack:
+        stack.compose("up", "-d")
+        code = stack.wait("init")
+        assert code == 0, stack.output("init")
+        stack.write_module("compose_probe.py", "GREETING = 1")
+        stack.compose("--profile", "bifrost", "up", "-d")
+        yield stack, stack.inspect("init")["State"]
+
+
+@pytest.fixture(scope="module")
+def stack(gated: tuple[Stack, dict[str, Any]]) -> Stack:
+    """The stack alone."""
+    return gated[0]
+
+
+def passwords(folder: Path) -> set[str]:
+    """All passwords that make-secrets made up."""
+    return {
+        (folder / "postgres-password").read_text().strip(),
+        (folder / "redis-password.conf").read_text().split()[-1],
+        (folder / "rabbitmq-account.conf").read_text().split()[-1],
+        (folder / "flower-auth").read_text().strip().partition(":")[2],
+    }
+
+
+@pytest.mark.parametrize("service", PLATFORM)
+def test_dependents_start_after_init_and_import_from_the_cache(
+    gated: tuple[Stack, dict[str, Any]], service: str
+) -> None:
+    """What depends on init starts after its exit code 0 and finds a complete cache."""
+    stack, init = gated
+    dependent = stack.inspect(service)["State"]
+    assert (init["Status"], init["ExitCode"]) == ("exited", 0)
+    assert dependent["StartedAt"] > init["FinishedAt"]  # same clock, same format: text order is time order
+    stack.compose("exec", "-T", service, "true")
+    run(
+        "timeout",
+        "60",
+        "sh",
+        "-c",
+        f"until docker logs {stack.project}-{service}-1 | grep -q .; do sleep 0.2; done",
+    )
+    assert stack.output(service) == "imported compose_probe.py from the cache: 1\n"
+    assert stack.inspect(service)["State"]["Running"]
+
+
+def test_second_up_finds_nothing_to_do(stack: Stack) -> None:
+    """`up` on a stack that is up runs init again, which applies no revision and changes no entry."""
+    before = stack.inspect("init")["State"]["StartedAt"]
+    stack.compose("up", "-d")
+    assert stack.wait("init") == 0, stack.output("init")
+    assert stack.inspect("init")["State"]["StartedAt"] > before
+    assert "ready, nothing to do" in stack.output("init")
+
+
+def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack) -> None:
+    """`celery call` in the worker's container warms a new module; `celery result` shows what was done."""
+    stack.write_module("by_hand.py", "NUMBER = 7")
+    task = stack.in_worker("celery", "-A", "bifrost_bootstrap", "call", WARM).strip()
+    shown = stack.in_worker("celery", "-A", "bifrost_bootstrap", "result", task)
+    result = ast.literal_eval(shown.strip())
+    assert result["added"] >= 1
+    entry = stack.compose(
+        *("exec", "-T", "redis", "sh", "-c"),
+        "REDISCLI_AUTH=$(cut -d' ' -f2 /run/secrets/redis-password.conf) redis-cli GET bifrost:module:by_hand.py",
+    ).stdout
+    assert json.loads(entry)["content"] == "NUMBER = 7"
+
+
+def test_everything_that_stays_becomes_healthy(stack: Stack) -> None:
+    """`up --wait` on the services that stay succeeds: each health check passes, also the worker's file."""
+    staying = ("postgres", "pgbouncer", "redis", "rabbitmq", "bootstrap-worker", "flower")
+    stack.compose("up", "-d", "--wait", "--no-deps", *staying)
+    assert {name: stack.inspect(name)["State"]["Health"]["Status"] for name in staying} == dict.fromkeys(
+        staying, "healthy"
+    )
+
+
+def test_health_of_the_worker_is_the_age_of_its_file(stack: Stack) -> None:
+    """The worker's health check fails where the file that the heartbeat touches is old or missing."""
+    check = stack.inspect("bootstrap-worker")["Config"]["Healthcheck"]["Test"][1]
+    script = f"BIFROST_WORKER_HEALTH_FILE=/tmp/copy; {check}"
+    for prepare, code in (
+        ("touch /tmp/copy", 0),
+        ("touch -d '-31 seconds' /tmp/copy", 1),
+        ("rm /tmp/copy", 1),
+    ):
+        worker = ("exec", "-T", "bootstrap-worker", "sh", "-c")
+        assert stack.compose(*worker, f"{prepare}; {script}", check=False).returncode == code, prepare
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_our_containers_have_no_rights(stack: Stack, service: str) -> None:
+    """Our containers run as user 10001, read-only, without capabilities and without new privileges."""
+    container = stack.inspect(service)
+    assert container["Config"]["User"] == "10001:10001"
+    assert container["HostConfig"]["ReadonlyRootfs"] is True
+    assert container["HostConfig"]["CapDrop"] == ["ALL"]
+    assert container["HostConfig"]["SecurityOpt"] == ["no-new-privileges:true"]
+
+
+def test_no_password_in_inspect_or_logs(stack: Stack, secrets_folder: Path) -> None:
+    """No password shows in `docker inspect` or in any log, but where the platform reads its environment."""
+    secret = passwords(secrets_folder)
+    assert len(secret) == 4
+    # The positive control: this search does find them where they are.
+    assert len([word for word in secret if word in json.dumps(stack.inspect("api"))]) == 3
+    for service in ("postgres", "pgbouncer", "redis", "rabbitmq", *OURS):
+        assert not [word for word in secret if word in json.dumps(stack.inspect(service))], service
+    logs = stack.compose("--profile", "bifrost", "logs", "--no-color")
+    assert "rabbitmq" in logs.stdout
+    assert not [word for word in secret if word in logs.stdout + logs.stderr]
+
+
+def test_flower_wants_its_password(stack: Stack, secrets_folder: Path) -> None:
+    """Flower listens on 127.0.0.1 only, refuses who has no password, and shows our tasks to who has."""
+    stack.compose("up", "-d", "--wait", "--no-deps", "flower")
+    address = stack.compose("port", "flower", "5555").stdout.strip()
+    assert address.startswith("127.0.0.1:")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://{address}/tasks", timeout=30)
+    assert refused.value.code == 401
+    refused.value.close()
+    account = base64.b64encode((secrets_folder / "flower-auth").read_bytes().strip()).decode()
+    request = urllib.request.Request(f"http://{address}/tasks", headers={"Authorization": f"Basic {account}"})
+    with urllib.request.urlopen(request, timeout=30) as page:  # noqa: S310 - http, two lines above
+        assert page.status == 200

@@ -1,0 +1,397 @@
+"""Fixtures for all tests: private servers, a database per test, clean environments, started processes.
+
+Servers are started when the first test wants them, once per run (per xdist worker), and shared: a test that
+kills, fills or reconfigures one takes its own with `start_server`.
+Where BIFROST_TEST_DATABASE_URL, BIFROST_TEST_REDIS_URL or BIFROST_TEST_RABBITMQ_URL is set, the shared server is that
+one; nothing else ever makes a test talk to a server that it has not started itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import kombu
+import pytest
+
+from tests.servers import (
+    Command,
+    Database,
+    Postgres,
+    PostgresServer,
+    Proxy,
+    Rabbitmq,
+    RabbitmqServer,
+    RedisAddress,
+    RedisServer,
+    RunFolder,
+    Server,
+    ServerMissing,
+)
+from tests.servers.command import DEFAULT_TIMEOUT, Commands
+from tests.servers.redis import DATABASES
+from tests.servers.run_checks import RunChecks, lacks_server
+
+#: Variables that reach no test and no process of a test, by prefix and by name: what a developer has set for other
+#: purposes must not change a result.
+FOREIGN_PREFIXES = ("BIFROST_", "CELERY_", "PG", "FLOWER_")
+FOREIGN_NAMES = tuple(
+    f"{name}{suffix}"
+    for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "ALEMBIC_CONFIG")
+    for suffix in ("", "_FILE")
+)
+#: The line of a Celery worker that takes tasks.
+WORKER_READY = r"ready\."
+#: The queue of calls by hand: the only name that two tests on one virtual host would share.
+SHARED_QUEUE = "bifrost.bootstrap"
+#: The program that is tested, as installed for this interpreter.
+BOOTSTRAP = (sys.executable, "-m", "bifrost_bootstrap")
+
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+class Outside:
+    """What the environment of the whole run says, read before the environment of any test is cleaned."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.database_url = environ.get("BIFROST_TEST_DATABASE_URL")
+        self.redis_url = environ.get("BIFROST_TEST_REDIS_URL")
+        self.rabbitmq_url = environ.get("BIFROST_TEST_RABBITMQ_URL")
+        self.in_ci = bool(environ.get("CI"))
+
+
+RUN = pytest.StashKey[RunFolder]()
+OUTSIDE = pytest.StashKey[Outside]()
+
+
+# ------------------------------------------------------------------------------------------------- the whole run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the run's folder, or enter that of the xdist controller; have SIGTERM end the run as Ctrl-C does."""
+    config.stash[OUTSIDE] = Outside(os.environ)
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        config.stash[RUN] = RunFolder(Path(worker["run_folder"]), worker["workerid"])
+    else:
+        config.stash[RUN] = RunFolder.create()
+        config.pluginmanager.register(RunChecks(config.stash[RUN]), "run-checks")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell an xdist worker where this run keeps its files."""
+    node.workerinput["run_folder"] = str(node.config.stash[RUN].root)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+@pytest.fixture(scope="session")
+def run_folder(pytestconfig: pytest.Config) -> RunFolder:
+    """Where this run keeps its servers, and the output of everything that it starts."""
+    return pytestconfig.stash[RUN]
+
+
+@pytest.fixture(scope="session")
+def outside(pytestconfig: pytest.Config) -> Outside:
+    """What the environment of the whole run says."""
+    return pytestconfig.stash[OUTSIDE]
+
+
+# ------------------------------------------------------------------------------------------------------- servers
+
+
+@contextlib.contextmanager
+def _running(server: AnyServer, outside: Outside) -> Iterator[AnyServer]:
+    """A started server, or the outcome of a test that lacks one; gone afterwards, also when starting failed."""
+    with contextlib.closing(server):
+        try:
+            server.start()
+        except ServerMissing as missing:
+            lacks_server(missing, in_ci=outside.in_ci)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres(run_folder: RunFolder, outside: Outside) -> Iterator[Postgres]:
+    """The shared PostgreSQL. A test takes `database`; this is for more databases, and other roles."""
+    if outside.database_url:
+        yield Postgres.at(outside.database_url)
+        return
+    with _running(PostgresServer(run_folder), outside) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis(run_folder: RunFolder, outside: Outside) -> Iterator[RedisAddress]:
+    """The shared Redis. A test takes `redis_url`, and leaves the server's configuration alone."""
+    if outside.redis_url:
+        yield RedisAddress(outside.redis_url)
+        return
+    with _running(RedisServer(run_folder), outside) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(run_folder: RunFolder, outside: Outside, pytestconfig: pytest.Config) -> Iterator[Rabbitmq]:
+    """The shared RabbitMQ. A test takes `rabbitmq_url`."""
+    if outside.rabbitmq_url:
+        if _workers(pytestconfig) > 1:
+            raise pytest.UsageError("BIFROST_TEST_RABBITMQ_URL is one virtual host, which xdist workers cannot share")
+        yield Rabbitmq(outside.rabbitmq_url)
+        return
+    with _running(RabbitmqServer(run_folder), outside) as server:
+        yield server
+
+
+class StartServer(Protocol):
+    """Type of `start_server`."""
+
+    def __call__(self, server: AnyServer) -> AnyServer: ...
+
+
+class StartProxy(Protocol):
+    """Type of `start_proxy`."""
+
+    def __call__(self, port: int) -> Proxy: ...
+
+
+@pytest.fixture
+def start_server(outside: Outside, commands: Commands) -> Iterator[StartServer]:
+    """Start a private server of this test's own, for instance
+    `start_server(RedisServer(run_folder, {"maxmemory": "4mb"}))`; it is gone after the test.
+    """
+    with contextlib.ExitStack() as started:
+        yield lambda server: started.enter_context(_running(server, outside))
+        commands.close()
+
+
+@pytest.fixture
+def start_proxy() -> Iterator[StartProxy]:
+    """Start a Proxy in front of a port: `start_proxy(server.port)`; it is gone after the test."""
+    with contextlib.ExitStack() as started:
+        yield lambda port: started.enter_context(Proxy(port))
+
+
+def _workers(config: pytest.Config) -> int:
+    return int(getattr(config, "workerinput", {"workercount": 1})["workercount"])
+
+
+@pytest.fixture(scope="session")
+def _redis_databases(outside: Outside, pytestconfig: pytest.Config) -> Iterator[int]:
+    """Numbers in turn, so that a straggler of one test does not write into the next."""
+    first, step = 0, 1
+    if outside.redis_url and (workers := _workers(pytestconfig)) > 1:
+        first, step = int(pytestconfig.stash[RUN].worker.removeprefix("gw")), workers
+    return itertools.cycle(range(DATABASES)[first::step])
+
+
+def _delete_queue(url: str, queue: str) -> None:
+    with kombu.Connection(url, connect_timeout=5) as connection, connection.channel() as channel:
+        channel.queue_delete(queue)
+
+
+# ---------------------------------------------------------------------------------------------- for a single test
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the developer's shell means anything to a test."""
+    for name in os.environ.keys() - without_foreign_variables(os.environ).keys():
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def clean_env() -> dict[str, str]:
+    """An environment for processes that has no address of anything: what a command says without settings."""
+    return without_foreign_variables(os.environ)
+
+
+def without_foreign_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what a developer has set for other programs, or for this one."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(FOREIGN_PREFIXES) and name not in FOREIGN_NAMES
+    }
+
+
+@pytest.fixture
+def database(postgres: Postgres, commands: Commands) -> Iterator[Database]:
+    """An empty database of this test's own."""
+    database = postgres.create_database()
+    yield database
+    commands.close()
+    postgres.drop_database(database)
+
+
+@pytest.fixture
+def redis_url(redis: RedisAddress, _redis_databases: Iterator[int], commands: Commands) -> Iterator[str]:
+    """The URL of an empty database of the shared Redis that no other test uses meanwhile."""
+    number = next(_redis_databases)
+    with redis.client(number) as client:
+        client.flushdb()
+    yield redis.url(number)
+    commands.close()
+
+
+@pytest.fixture
+def rabbitmq_url(rabbitmq: Rabbitmq, commands: Commands) -> Iterator[str]:
+    """The URL of an empty virtual host of this test's own (of the outside server: with the shared queue deleted)."""
+    if not isinstance(rabbitmq, RabbitmqServer):
+        _delete_queue(rabbitmq.url(), SHARED_QUEUE)
+        yield rabbitmq.url()
+        return
+    vhost = rabbitmq.add_vhost()
+    yield rabbitmq.url(vhost)
+    commands.close()
+    rabbitmq.delete_vhost(vhost)
+
+
+@pytest.fixture
+def bifrost_env(clean_env: dict[str, str], database: Database, redis_url: str, rabbitmq_url: str) -> dict[str, str]:
+    """The environment of an init container: this test's part of the three servers, and the tree that we ship."""
+    return clean_env | {
+        "BIFROST_DATABASE_URL": database.url,
+        "BIFROST_REDIS_URL": redis_url,
+        "BIFROST_RABBITMQ_URL": rabbitmq_url,
+        "BIFROST_ALEMBIC_CONFIG": "builtin",
+    }
+
+
+@pytest.fixture
+def foreign_tree(tmp_path: Path) -> Path:
+    """The alembic.ini of a copy of tests/foreign_tree that the test may change."""
+    source = Path(__file__).with_name("foreign_tree")
+    copy = tmp_path / "foreign_tree"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy / "alembic.ini"
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+@pytest.fixture
+def commands(run_folder: RunFolder) -> Iterator[Commands]:
+    """The processes of this test: they end before its databases do, and none may leave a child behind."""
+    commands = Commands(run_folder)
+    yield commands
+    commands.close()
+
+
+class StartCommand(Protocol):
+    """Type of `start_command`."""
+
+    def __call__(
+        self, args: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> Command: ...
+
+
+class RunCommand(Protocol):
+    """Type of `run_command`."""
+
+    def __call__(
+        self,
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+class RunBootstrap(Protocol):
+    """Type of `run_bootstrap`."""
+
+    def __call__(
+        self,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+class StartWorker(Protocol):
+    """Type of `start_worker`."""
+
+    def __call__(self, *args: str, env: Mapping[str, str] | None = None) -> Command: ...
+
+
+@pytest.fixture
+def start_command(commands: Commands, clean_env: dict[str, str], tmp_path: Path) -> StartCommand:
+    """Start any process; without `env` it knows no server, without `cwd` it runs in an empty folder."""
+    empty = tmp_path / "cwd"
+    empty.mkdir()
+
+    def start(args: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Command:
+        return commands.start(args, env=clean_env if env is None else env, cwd=cwd or empty)
+
+    return start
+
+
+@pytest.fixture
+def run_command(start_command: StartCommand) -> RunCommand:
+    """Run any process to its end, which is a failure of the test if it takes longer than `timeout` seconds."""
+
+    def run(
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]:
+        return start_command(args, env=env, cwd=cwd).wait(timeout)
+
+    return run
+
+
+@pytest.fixture
+def run_bootstrap(request: pytest.FixtureRequest, run_command: RunCommand) -> RunBootstrap:
+    """Run `python -m bifrost_bootstrap` with these arguments to its end, in an empty folder.
+
+    Without `env` it is `bifrost_env`, which only then starts the servers: a test of usage gives `clean_env`.
+    """
+
+    def run(
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]:
+        if env is None:
+            env = request.getfixturevalue("bifrost_env")
+        return run_command([*BOOTSTRAP, *args], env=env, cwd=cwd, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def start_worker(start_command: StartCommand, bifrost_env: dict[str, str]) -> StartWorker:
+    """Start a bootstrap worker and wait until it takes tasks; several in one test are fine."""
+
+    def start(*args: str, env: Mapping[str, str] | None = None) -> Command:
+        worker = start_command([*BOOTSTRAP, "worker", *args], env=bifrost_env if env is None else env)
+        worker.wait_for(WORKER_READY)
+        return worker
+
+    return start
+
+
+@pytest.fixture
+def bootstrap_worker(start_worker: StartWorker) -> Command:
+    """A bootstrap worker that takes this test's tasks."""
+    return start_worker()

@@ -1,0 +1,172 @@
+"""Runs one cell of the fault matrix, and keeps what came of it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+
+from tests.faults.cells import CUT, FREEZE, Cell
+from tests.faults.stack import COMPLETE, PHASE_TIMEOUT, PREVIOUS, REVISIONS, SERVERS, Deployment
+from tests.servers import Command, Proxy, Server
+
+#: Seconds for an init that finds everything done, or does all of it without a fault.
+SECOND_INIT_TIMEOUT = 60.0
+#: What init says when it meets a server that is down.
+NOTICED = r"is not available|cannot be|refused"
+
+
+def run_cell(deployment: Deployment, cell: Cell) -> float:
+    """Bring init into the phase, hit, and prove all that a fault must not change.
+
+    Returns:
+        Seconds from the end of the fault to the end of init.
+    """
+    deployment.fill_cache()
+    init = _reach(deployment, cell)
+    hit = _Hit(deployment, cell, init)
+    hit.strike()
+    began = time.monotonic()
+    code = init.wait(cell.bound).returncode
+    seconds = time.monotonic() - began
+    assert code == cell.exit_code, f"init ended with {code}\n{init.stderr.read_text()[-3000:]}"
+    lost = cell.target == "redis" and cell.fault in ("kill", "restart")
+    if code == 0:
+        assert deployment.rows() == COMPLETE
+        assert deployment.cache() == COMPLETE
+    else:
+        assert deployment.cache() in (PREVIOUS, COMPLETE, {} if lost else COMPLETE)
+    second = deployment.start_init(timeout="60s").wait(SECOND_INIT_TIMEOUT)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert deployment.applied() == REVISIONS
+    assert deployment.rows() == deployment.cache() == COMPLETE
+    deployment.assert_clean()
+    return seconds
+
+
+def _reach(deployment: Deployment, cell: Cell) -> Command:
+    """Start worker and init, and return the init when it is in the phase."""
+    if cell.phase == "waiting":
+        deployment.start_worker()
+        _held_back(deployment, cell).refuse()
+        init = deployment.start_init()
+        init.wait_for("waiting for it")
+        return init
+    if cell.phase == "queued":
+        # A worker that is hit holds the message, and has not read it.
+        if cell.target.startswith("worker"):
+            deployment.start_worker().pause()
+        init = deployment.start_init()
+        init.wait_for("chain enqueued")
+        return init
+    deployment.hold(cell.phase)
+    deployment.start_worker()
+    init = deployment.start_init()
+    deployment.wait_reached(cell.phase)
+    return init
+
+
+def _held_back(deployment: Deployment, cell: Cell) -> Proxy:
+    """The line that keeps init waiting: of another server than the one that is hit."""
+    lines = deployment.stack.init_lines
+    return lines.redis if cell.target.endswith("postgres") else lines.postgres
+
+
+class _Hit:
+    """The fault, from its beginning to its end."""
+
+    def __init__(self, deployment: Deployment, cell: Cell, init: Command) -> None:
+        self.deployment, self.cell, self.init = deployment, cell, init
+
+    def strike(self) -> None:
+        """Do it; when this returns, the fault has ended and nobody is held any more."""
+        target = self.cell.target
+        if target in SERVERS:
+            self._server(self.deployment.stack.server(target))
+        elif "-" in target:
+            side, server = target.split("-")
+            lines = self.deployment.stack.init_lines if side == "init" else self.deployment.stack.worker_lines
+            self._line(getattr(lines, server), server)
+        else:
+            {"task": self._task, "worker": self._worker, "init": self._init}[target]()
+        self.deployment.release()
+        if self.cell.phase == "waiting":
+            _held_back(self.deployment, self.cell).heal()
+        if self.cell.phase == "queued" and not (self.deployment.worker and self.deployment.worker.running):
+            self.deployment.start_worker()
+
+    def _server(self, server: Server) -> None:
+        if self.cell.fault == "freeze":
+            self._freeze(server.pause, server.resume)
+        elif self.cell.fault == "kill":
+            server.kill()
+            # Init has met it, and the work goes on while the server is away.
+            if self.cell.phase != "waiting":
+                self.init.wait_for(NOTICED)
+            self.deployment.release()
+            server.start()
+        else:
+            server.restart()
+
+    def _line(self, line: Proxy, server: str) -> None:
+        if self.cell.target.startswith("worker") and self.cell.phase == "queued":
+            # Not frozen: it is idle, and does not hear that there is work.
+            worker = self.deployment.worker
+            assert worker
+            worker.resume()
+        line.cut()
+        self.deployment.release()
+        time.sleep(CUT)
+        if server == "postgres":
+            # As the keepalives of our connections, and those that the lock asks of the server.
+            line.strand(client_end=11.0, server_end=45.0)
+        else:
+            line.strand()
+
+    def _freeze(self, pause: Callable[[], object], resume: Callable[[], object]) -> None:
+        pause()
+        self.deployment.release()
+        time.sleep(FREEZE)
+        resume()
+
+    def _task(self) -> None:
+        task = self.deployment.task_process()
+        family = [*task.children(recursive=True), task]
+        if self.cell.fault == "freeze":
+            self._freeze(
+                lambda: [process.suspend() for process in family], lambda: [process.resume() for process in family]
+            )
+        else:
+            task.send_signal(signal.SIGKILL if self.cell.fault == "kill" else signal.SIGTERM)
+            psutil.wait_procs([task], timeout=PHASE_TIMEOUT)
+
+    def _worker(self) -> None:
+        worker = self.deployment.worker
+        assert worker
+        if self.cell.fault == "freeze":
+            if self.cell.phase != "queued":
+                worker.pause()
+            self.deployment.release()
+            time.sleep(FREEZE)
+            worker.resume()
+        elif self.cell.fault == "kill":
+            worker.kill()
+            self.deployment.start_worker()
+        else:
+            # As an orchestrator: SIGTERM, and the work may end. What it held and had not begun is lost.
+            worker.send_signal(signal.SIGCONT)
+            worker.resume()
+            worker.send_signal(signal.SIGTERM)
+            self.deployment.release()
+            worker.wait(PHASE_TIMEOUT)
+            self.deployment.start_worker()
+
+    def _init(self) -> None:
+        if self.cell.fault == "freeze":
+            self._freeze(self.init.pause, self.init.resume)
+        elif self.cell.fault == "kill":
+            self.init.kill()
+        else:
+            self.init.send_signal(signal.SIGTERM)

@@ -1,0 +1,15 @@
+"""One cell of the fault matrix for each kind of fault; `make test-faults` runs all."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.cells import SHORT, Cell
+from tests.faults.matrix import run_cell
+from tests.faults.stack import Deployment
+
+
+@pytest.mark.parametrize("cell", SHORT, ids=str)
+def test_fault_cell(deployment: Deployment, cell: Cell) -> None:
+    """Init ends soon after the fault with its code, each revision is applied once, the cache is whole."""
+    run_cell(deployment, cell)

@@ -1,0 +1,153 @@
+"""I1: init waits for what is not up yet, says so, and knows when waiting has no sense."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from bifrost_bootstrap import postgres, waiting
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import RefusedError, UnavailableError
+from bifrost_bootstrap.urls import parse_postgres
+from tests.faults.stack import COMPLETE, Deployment
+from tests.servers import PLANTED_PASSWORD
+
+
+def test_i01_waits_for_every_server_and_a_worker(deployment: Deployment) -> None:
+    """With nothing up, init names each server with reason, elapsed and limit, and goes on as each one comes."""
+    lines = deployment.stack.init_lines
+    for line in lines.all():
+        line.refuse()
+    init = deployment.start_init("--json")
+    for name, line in (("PostgreSQL", lines.postgres), ("Redis", lines.redis), ("RabbitMQ", lines.rabbitmq)):
+        init.wait_for(rf"waiting for it: {name} 127\.0\.0\.1:{line.port}/\S+ is not available: .+ \(\d+s of 180s\)")
+    for name, line in (("RabbitMQ", lines.rabbitmq), ("PostgreSQL", lines.postgres), ("Redis", lines.redis)):
+        line.heal()
+        init.wait_for(rf"{name} 127\.0\.0\.1:{line.port}/\S+ is there after")
+    init.wait_for("no bootstrap worker")
+    deployment.start_worker()
+    done = init.wait()
+    assert done.returncode == 0, done.stderr
+    assert [item["server"].split()[0] for item in json.loads(done.stdout)["waited"]] == [
+        "RabbitMQ",
+        "PostgreSQL",
+        "Redis",
+    ]
+    assert deployment.cache() == COMPLETE
+
+
+def test_i01_says_it_at_a_steady_pace(caplog: pytest.LogCaptureFixture) -> None:
+    """However often init looks at a server that is away, it says so once in each interval."""
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks < 6:
+            raise UnavailableError("a server", "not there")
+
+    caplog.set_level("INFO")
+    waited = waiting.wait_for({"a server": look}, Deadline(60))
+    assert [item.server for item in waited] == ["a server"]
+    assert len(re.findall("waiting for it", caplog.text)) == 1
+    assert looks == 6
+
+
+def test_i01_a_server_that_is_away_until_the_deadline_is_69(deployment: Deployment) -> None:
+    """At the deadline the code says that a server was not there, and the last line which."""
+    deployment.stack.init_lines.redis.refuse()
+    done = deployment.start_init(timeout="2s").wait()
+    assert done.returncode == 69
+    assert f"Redis 127.0.0.1:{deployment.stack.init_lines.redis.port}" in done.stderr.splitlines()[-2]
+
+
+def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deployment) -> None:
+    """A server that accepts and never answers is waited for beside the others, and ends in 69 as well."""
+    deployment.stack.init_lines.postgres.cut()
+    deployment.stack.init_lines.redis.refuse()
+    init = deployment.start_init(timeout="20s")
+    init.wait_for("waiting for it: Redis")
+    init.wait_for("waiting for it: PostgreSQL")
+    assert init.wait().returncode == 69
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Shorter than the 30 s that the program has; seconds."""
+    monkeypatch.setattr(waiting, "REFUSAL_PATIENCE", 1.5)
+    return 1.5
+
+
+def login(url: str) -> Callable[[], None]:
+    """A look at PostgreSQL."""
+
+    def look() -> None:
+        with postgres.connect(parse_postgres(url), "test"):
+            pass
+
+    return look
+
+
+def test_i01_a_refused_login_may_become_right(deployment: Deployment, patience: float) -> None:
+    """The patience with a refusal begins with the refusal, however long the server was away before."""
+    line = deployment.stack.init_lines.postgres
+    url = line.through(deployment.database.url).replace("bifrost:", f"late_{deployment.database.name}:", 1)
+    role = sql.Identifier(f"late_{deployment.database.name}")
+    line.refuse()
+    away = Deadline(2 * patience)
+    refusals = 0
+
+    def look() -> None:
+        nonlocal refusals
+        if away.passed:
+            line.heal()
+        try:
+            login(url)()
+        except RefusedError:
+            refusals += 1
+            if refusals == 2:
+                with deployment.stack.postgres.admin() as admin:
+                    password = sql.Literal(PLANTED_PASSWORD)
+                    admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, password))
+            raise
+
+    try:
+        assert waiting.wait_for({"PostgreSQL": look}, Deadline(60))
+    finally:
+        with deployment.stack.postgres.admin() as admin:
+            admin.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(role))
+    assert refusals == 2
+
+
+def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, patience: float) -> None:
+    """A refusal that lasts longer than the patience is the error, long before the deadline."""
+    deadline = Deadline(60)
+    with pytest.raises(RefusedError, match="nobody"):
+        waiting.wait_for({"PostgreSQL": login(deployment.database.url.replace("bifrost:", "nobody:", 1))}, deadline)
+    assert patience < deadline.elapsed
+    assert not deadline.passed
+
+
+def test_i01_a_refusal_in_the_middle_is_78(deployment: Deployment) -> None:
+    """A database that is dropped while init waits for its chain ends it with 78 after 30 s, not at the deadline."""
+    init = deployment.start_init(timeout="3m")
+    init.wait_for("chain enqueued")
+    deployment.stack.postgres.drop_database(deployment.database)
+    done = init.wait(90)
+    assert done.returncode == 78
+    assert "does not exist" in done.stderr.splitlines()[-2]
+
+
+def test_i01_a_foreign_error_of_a_look_is_not_swallowed() -> None:
+    """What is no fault of a server, a bug for instance, ends the wait at once."""
+
+    def look() -> None:
+        raise psycopg.ProgrammingError("a bug")
+
+    with pytest.raises(psycopg.ProgrammingError):
+        waiting.wait_for({"a server": look}, Deadline(60))

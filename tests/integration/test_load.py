@@ -1,0 +1,106 @@
+"""`load DIR`: files become rows, again and again, and nothing is ever deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bifrost_bootstrap.errors import SettingsError, WarmError
+from bifrost_bootstrap.load import load
+from bifrost_bootstrap.urls import parse_postgres
+from tests.servers import Database
+
+
+@pytest.fixture
+def table(database: Database) -> Database:
+    """A database with the table of the contract, as the platform has it."""
+    database.execute(
+        "CREATE TABLE workspace_files (id uuid DEFAULT gen_random_uuid(), path varchar(1000) UNIQUE, content text,"
+        " content_hash varchar(64), entity_type text, is_deleted bool NOT NULL DEFAULT false,"
+        " size_bytes bigint DEFAULT 0, content_type text, updated_at timestamptz DEFAULT '2000-01-01')"
+    )
+    return database
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    """A folder of these files."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+def rows(database: Database) -> list[tuple[object, ...]]:
+    """What the table holds."""
+    return database.execute("SELECT path, content, entity_type, is_deleted, size_bytes FROM workspace_files ORDER BY 1")
+
+
+def test_files_become_modules(table: Database, tmp_path: Path) -> None:
+    """Every .py file is a row by its path with its true hash; other files, and folders named so, are left out."""
+    content = "# Grüße\r\n'''100 %s {}'''\n"
+    folder = write(tmp_path, {"a/b.py": content.encode(), "a/__init__.py": b"", "a/notes.txt": b"x"})
+    (folder / "folder.py").mkdir()
+    result = load(parse_postgres(table.url), folder)
+    assert result.written == 2
+    assert rows(table) == [
+        ("a/__init__.py", "", "module", False, 0),
+        ("a/b.py", content, "module", False, len(content.encode())),
+    ]
+    wrong = "SELECT path FROM workspace_files WHERE content_hash <> encode(sha256(convert_to(content, 'UTF8')), 'hex')"
+    assert table.execute(wrong) == []
+
+
+def test_only_what_changed_is_written(table: Database, tmp_path: Path) -> None:
+    """A second load writes nothing, a third the changed file alone; a file that is gone keeps its row."""
+    folder = write(tmp_path, {"a.py": b"1", "b.py": b"1"})
+    url = parse_postgres(table.url)
+    assert load(url, folder).written == 2
+    assert load(url, folder).written == 0
+    write(folder, {"a.py": b"2"})
+    (folder / "b.py").unlink()
+    assert load(url, folder).written == 1
+    assert [(row[0], row[1]) for row in rows(table)] == [("a.py", "2"), ("b.py", "1")]
+    touched = table.execute("SELECT path FROM workspace_files WHERE updated_at > '2000-01-02'")
+    assert touched == [("a.py",)]
+
+
+def test_deleted_row_comes_back(table: Database, tmp_path: Path) -> None:
+    """A row marked as deleted, or of another type, is a module again when its file is loaded."""
+    url, folder = parse_postgres(table.url), write(tmp_path, {"a.py": b"1"})
+    load(url, folder)
+    table.execute("UPDATE workspace_files SET is_deleted = true, entity_type = 'file'")
+    assert load(url, folder).written == 1
+    assert rows(table) == [("a.py", "1", "module", False, 1)]
+
+
+def test_files_that_a_row_cannot_hold_are_named(table: Database, tmp_path: Path) -> None:
+    """NUL bytes, other encodings and longer paths are skipped by name, and the rest is loaded."""
+    long = "/".join(["d" * 200] * 5) + "/long.py"
+    folder = write(tmp_path, {"good.py": b"", "nul.py": b"a\0b", "latin.py": b"\xe4 = 1", long: b""})
+    result = load(parse_postgres(table.url), folder)
+    assert (result.files, result.written) == (4, 1)
+    assert {path for path, _ in result.skipped} == {"nul.py", "latin.py", long}
+    assert all(reason for _, reason in result.skipped)
+
+
+def test_name_that_is_no_text_is_named(table: Database, tmp_path: Path) -> None:
+    """A file name of other bytes is skipped by name."""
+    (tmp_path / "\udcff.py").write_bytes(b"")
+    result = load(parse_postgres(table.url), write(tmp_path, {"good.py": b""}))
+    assert result.written == 1
+    assert [path for path, _ in result.skipped] == ["\udcff.py"]
+
+
+def test_empty_folder(table: Database, tmp_path: Path) -> None:
+    """Nothing to load is a result."""
+    result = load(parse_postgres(table.url), tmp_path)
+    assert (result.files, result.written, result.skipped) == (0, 0, [])
+
+
+def test_no_table_and_no_folder(database: Database, tmp_path: Path) -> None:
+    """Without the table init has to run first; without the folder it is a fault of the call."""
+    with pytest.raises(WarmError, match="has no table workspace_files; run init first"):
+        load(parse_postgres(database.url), write(tmp_path, {"a.py": b""}))
+    with pytest.raises(SettingsError, match="gone is no folder"):
+        load(parse_postgres(database.url), tmp_path / "gone")

@@ -1,0 +1,171 @@
+"""M3: through PgBouncer in transaction pooling, where a session belongs to whoever runs the next transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import psycopg
+import pytest
+
+from tests.migration.conftest import StartMigrate
+from tests.migration.steps import (
+    Barrier,
+    Outcome,
+    Tree,
+    applied,
+    barrier,
+    concurrent_index,
+    index_states,
+    lock_sessions,
+    outcome,
+    recorded,
+)
+from tests.servers import Database, PgbouncerServer, Postgres, PostgresServer, RunFolder
+from tests.servers.process import wait_until
+
+StartServer = Callable[[PgbouncerServer], PgbouncerServer]
+StartPool = Callable[[int], PgbouncerServer]
+#: Below the pause between two statements that keep the lock's connection alive: only turning it off helps.
+ROLE_TIMEOUT = "500ms"
+#: Longer than any timer of these tests, by several times.
+LONG = 'op.execute("SELECT pg_sleep(5)")'
+#: What PgBouncer itself keeps in step with its clients.
+TRACKED = ["application_name", "client_encoding", "DateStyle", "standard_conforming_strings", "TimeZone"]
+
+
+@pytest.fixture
+def start_pool(run_folder: RunFolder, postgres: Postgres, database: Database, start_server: StartServer) -> StartPool:
+    """Start a PgBouncer with pools of this size before a database that ends idle transactions soon."""
+    if not isinstance(postgres, PostgresServer):
+        pytest.skip("PgBouncer stands before a server of our own")
+    database.execute(f"ALTER DATABASE \"{database.name}\" SET idle_in_transaction_session_timeout = '{ROLE_TIMEOUT}'")
+
+    def start(pool_size: int) -> PgbouncerServer:
+        timers = {"idle_transaction_timeout": "2", "query_wait_timeout": "60"}
+        return start_server(PgbouncerServer(run_folder, postgres, pool_size=pool_size, settings=timers))
+
+    return start
+
+
+def left_behind(pool: PgbouncerServer, database: Database) -> list[tuple[object, ...]]:
+    """Session settings, locks and prepared statements on the pool's server connections, each looked at once."""
+    with psycopg.connect(pool.url("pgbouncer", user="console"), autocommit=True) as console:
+        console.execute("SET idle_transaction_timeout = 0")
+    servers = [server for server in pool.show("SERVERS") if server["database"] == database.name]
+    found: list[tuple[object, ...]] = []
+    seen = set()
+    with contextlib.ExitStack() as clients:
+        for _ in servers:
+            client = clients.enter_context(psycopg.connect(pool.url(database.name), prepare_threshold=None))
+            found += client.execute(
+                "SELECT 'setting', name, setting FROM pg_settings WHERE source = 'session' AND NOT name = ANY(%s)"
+                " UNION ALL SELECT 'lock', locktype, objid::text FROM pg_locks WHERE pid = pg_backend_pid()"
+                " AND locktype = 'advisory'"
+                " UNION ALL SELECT 'statement', name, statement FROM pg_prepared_statements",
+                (TRACKED,),
+            ).fetchall()
+            # Its open transaction keeps this server connection from the next client.
+            client.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            seen.add(client.execute("SELECT pg_backend_pid()").fetchone())
+    assert len(seen) == len(servers) > 0
+    return found
+
+
+@pytest.mark.race
+@pytest.mark.parametrize(
+    ("pool_size", "kind", "replicas"), [(2, "plain", 3), (20, "plain", 5), (20, "asynchronous", 3)]
+)
+def test_m03_replicas_through_a_pooler(
+    database: Database,
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    start_pool: StartPool,
+    pool_size: int,
+    kind: Literal["plain", "asynchronous"],
+    replicas: int,
+) -> None:
+    """Replicas behind a pool apply each revision once, also a long one (and with psycopg a concurrent build), while
+    role and pooler end idle transactions soon; and they leave nothing for the pool's next client.
+    """
+    tree = Tree(tmp_path / kind, kind).revision("one").revision("two", LONG)
+    tree.revision("three", concurrent_index("ix_three") if kind == "plain" else "").revision("four")
+    pool = start_pool(pool_size)
+    done = migrate_at_once(start_migrate, pool.url(database.name), tree, replicas)
+    assert not any("trying again" in one.log for one in done)
+    assert applied(database) == {"one": 1, "two": 1, "three": 1, "four": 1}
+    assert index_states(database) == ({"ix_three": True} if kind == "plain" else {})
+    assert left_behind(pool, database) == []
+
+
+@pytest.mark.race
+def test_m03_asyncpg_outside_a_transaction(
+    database: Database, tmp_path: Path, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """With asyncpg, which prepares and runs in two exchanges, somebody else may get the session in between when there
+    is no transaction: a concurrent build that this happens to is tried again, and applied once.
+    """
+    tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one")
+    tree.revision("two", concurrent_index("ix_two")).revision("three")
+    done = migrate_at_once(start_migrate, start_pool(20).url(database.name), tree, 3)
+    again = [line for one in done for line in one.log.splitlines() if "trying again" in line]
+    assert [line for line in again if not re.search(r"prepared statement \S+ does not exist", line)] == []
+    assert applied(database) == {"one": 1, "two": 1, "three": 1}
+    assert index_states(database) == {"ix_two": True}
+
+
+def migrate_at_once(start_migrate: StartMigrate, url: str, tree: Tree, replicas: int) -> list[Outcome]:
+    """The step in so many processes; all succeed, and each revision is in the result of one of them."""
+    steps = [start_migrate(BIFROST_DATABASE_URL=url, BIFROST_ALEMBIC_CONFIG=str(tree.config)) for _ in range(replicas)]
+    done = [outcome(step, 90) for step in steps]
+    assert [one.code for one in done] == [0] * replicas, [one.facts for one in done]
+    names = [path.stem for path in tree.versions.glob("*.py")]
+    assert sorted(revision for one in done for revision in one.applied) == sorted(names)
+    return done
+
+
+@pytest.mark.race
+def test_m03_lock_of_a_killed_holder_is_released(
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """A holder behind the pool dies by SIGKILL: its lock is free within seconds, and the next run completes."""
+    tree.revision("one").revision("two", barrier())
+    url = start_pool(20).url(database.name)
+    with Barrier(database) as stop:
+        step = start_migrate(BIFROST_DATABASE_URL=url, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
+        stop.reached()
+        assert len(lock_sessions(database)) == 1
+        step.send_signal(signal.SIGKILL)
+        wait_until(lambda: not lock_sessions(database), "the release of the lock", 10)
+        wait_until(lambda: not stop.waiting(), "the end of the runner's session", 10)
+    assert outcome(start_migrate(BIFROST_DATABASE_URL=url)).code == 0
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+def test_m03_pool_of_one_is_named(
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """A pool of one connection ends in 78, long before the deadline, with what to change; nothing is migrated."""
+    tree.revision("one")
+    done = outcome(start_migrate(deadline=600, BIFROST_DATABASE_URL=start_pool(1).url(database.name)))
+    assert (done.code, done.facts["error"]) == (78, "PoolTooSmallError")
+    assert "pool of one connection" in done.facts["message"]
+    assert "BIFROST_MIGRATION_DATABASE_URL" in done.facts["remedy"]
+    assert database.execute("SELECT to_regclass('alembic_version')::text") == [(None,)]
+
+
+def test_m03_migrations_past_the_pooler(
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """With a migration URL of its own, the step leaves a pool of one connection alone and completes."""
+    tree.revision("one")
+    pool = start_pool(1)
+    done = outcome(
+        start_migrate(BIFROST_DATABASE_URL=pool.url(database.name), BIFROST_MIGRATION_DATABASE_URL=database.url)
+    )
+    assert (done.code, done.applied) == (0, ["one"])
+    assert [server for server in pool.show("SERVERS") if server["database"] == database.name] == []

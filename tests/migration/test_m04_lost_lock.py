@@ -1,0 +1,75 @@
+"""M4: a runner whose lock is gone records nothing more, and the next holder does not start beside it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.migration.conftest import StartMigrate
+from tests.migration.steps import Barrier, Tree, applied, barrier, is_alive, lock_sessions, outcome, recorded
+from tests.servers import Command, Database
+from tests.servers.process import wait_until
+
+#: No table lock is what the revisions of these tests wait for.
+PATIENT = {"BIFROST_MIGRATION_LOCK_TIMEOUT": "10m"}
+
+
+def lose_lock(database: Database) -> None:
+    """End the session that holds the migration lock, as a server or a pooler may."""
+    (session,) = lock_sessions(database)
+    database.execute("SELECT pg_terminate_backend(%s)", (session,))
+    wait_until(lambda: not is_alive(database, session), "the end of the lock's session")
+
+
+@pytest.mark.race
+def test_m04_runner_without_lock_records_nothing(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """The lock is lost while its holder is frozen: the runner, which nobody stops, commits none of its revision."""
+    tree.revision("one").revision("two", barrier())
+    with Barrier(database) as stop:
+        step = start_migrate(env=PATIENT)
+        runner = stop.reached()
+        # The process that holds the lock alone: its runner goes on.
+        step.send_signal(signal.SIGSTOP)
+        lose_lock(database)
+        stop.release()
+        wait_until(lambda: not is_alive(database, runner), "the end of the runner's session")
+    assert recorded(database) == ["one"]
+    assert applied(database) == {"one": 1}
+
+    step.send_signal(signal.SIGCONT)
+    done = outcome(step)
+    assert (done.code, recorded(database), applied(database)) == (0, ["two"], {"one": 1, "two": 1})
+    assert sorted(done.applied) == ["one", "two"]
+    assert "trying again" in done.log
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("waits_in", ["transaction", "autocommit"])
+def test_m04_next_holder_does_not_start_beside(
+    database: Database, tree: Tree, start_migrate: StartMigrate, waits_in: str
+) -> None:
+    """What a runner without lock has open in the server is ended before the next holder's runner begins."""
+    line = barrier()
+    body = line if waits_in == "transaction" else f"with op.get_context().autocommit_block():\n        {line}"
+    tree.revision("one").revision("two", body)
+    with Barrier(database) as stop:
+        frozen = start_migrate(env=PATIENT)
+        first = stop.reached()
+        freeze(frozen)
+        lose_lock(database)
+        second_step = start_migrate(env=PATIENT)
+        second = stop.reached(besides=[first])
+        assert not is_alive(database, first)
+        assert is_alive(database, second)
+        stop.release()
+        done = outcome(second_step)
+    assert (done.code, done.applied) == (0, ["two"])
+    frozen.resume()
+    assert outcome(frozen).code == 0
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+def freeze(step: Command) -> None:
+    """Stop the holder and its runner: neither notices that the lock is gone."""
+    step.pause()

@@ -1,0 +1,165 @@
+"""M7 and M3: a holder that vanishes without a FIN, and a server that goes away in the middle."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from tests.migration.conftest import StartMigrate
+from tests.migration.steps import Barrier, Tree, applied, barrier, lock_sessions, outcome, recorded
+from tests.servers import Database, Postgres, PostgresServer, Proxy, RunFolder
+from tests.servers.process import wait_until
+
+#: Linux: attach a packet filter to a socket. Python has no name for it.
+SO_ATTACH_FILTER = 26
+#: struct sock_filter, one instruction: keep 0 bytes of every packet.
+DROP = struct.pack("HBBI", 0x06, 0, 0, 0)
+
+
+class VanishingHost(Proxy):
+    """A proxy whose host `vanish`es: what the server sends to it is neither acknowledged nor answered any more."""
+
+    def __init__(self, target_port: int) -> None:
+        super().__init__(target_port)
+        self._servers: list[socket.socket] = []
+        self._program = ctypes.create_string_buffer(DROP, len(DROP))
+
+    def connect(self) -> socket.socket:
+        server = super().connect()
+        self._servers.append(server)
+        return server
+
+    def vanish(self) -> None:
+        """No byte, no FIN and no acknowledgement leaves from here, not even for the kernel's keepalives."""
+        self.cut()
+        for server in self._servers:
+            if server.fileno() >= 0:
+                program = struct.pack("HP", 1, ctypes.addressof(self._program))
+                server.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+@pytest.fixture
+def vanishing_host(postgres: Postgres) -> Iterator[VanishingHost]:
+    """The host that the step of this test runs on, seen from the server."""
+    if not isinstance(postgres, PostgresServer):
+        pytest.skip("the host stands before a server of our own")
+    with VanishingHost(postgres.port) as host:
+        yield host
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_m07_holder_vanishes_without_a_word(
+    database: Database, tree: Tree, start_migrate: StartMigrate, vanishing_host: VanishingHost
+) -> None:
+    """The host of a holder is gone between two packets: the server notices within the 60 seconds that the next run
+    has, which then ends what the dead runner has left, and completes.
+    """
+    tree.revision("one").revision("two", barrier())
+    with Barrier(database) as stop:
+        url = vanishing_host.through(database.url)
+        step = start_migrate(BIFROST_DATABASE_URL=url, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
+        dead = stop.reached()
+        vanishing_host.vanish()
+        step.kill()
+        assert len(lock_sessions(database)) == 1
+        next_step = start_migrate(deadline=60, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
+        next_step.wait_for("waiting for the migration lock, held by")
+        stop.reached(besides=[dead], timeout=90)
+        assert dead not in stop.waiting()
+        stop.release()
+        done = outcome(next_step)
+    assert (done.code, done.applied) == (0, ["two"])
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+def test_m04_server_restarts_in_the_middle(
+    run_folder: RunFolder,
+    start_server: Callable[[PostgresServer], PostgresServer],
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    kind: Literal["plain", "asynchronous"],
+) -> None:
+    """PostgreSQL is killed while a revision runs and comes back: the step tries again and completes, each revision
+    once, whichever driver the tree has.
+    """
+    server = start_server(PostgresServer(run_folder))
+    database = server.create_database()
+    tree = Tree(tmp_path / kind, kind).revision("one")
+    assert outcome(start_migrate(BIFROST_DATABASE_URL=database.url, BIFROST_ALEMBIC_CONFIG=str(tree.config))).code == 0
+    tree.revision("two", barrier())
+    stop = Barrier(database)
+    step = start_migrate(
+        BIFROST_DATABASE_URL=database.url,
+        BIFROST_ALEMBIC_CONFIG=str(tree.config),
+        BIFROST_MIGRATION_LOCK_TIMEOUT="10m",
+    )
+    stop.reached()
+    server.kill()
+    step.wait_for("trying again")
+    server.start()
+    stop.release()
+    done = outcome(step)
+    assert (done.code, done.applied) == (0, ["two"])
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+def test_m04_tree_without_connection_tries_again(
+    postgres: Postgres,
+    database: Database,
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    kind: Literal["plain", "asynchronous"],
+) -> None:
+    """The lock has its connection and env.py gets none: tried again until it does, and never taken for a revision that
+    failed.
+    """
+    if not isinstance(postgres, PostgresServer):
+        pytest.skip("the proxy stands before a server of our own")
+    tree = Tree(tmp_path / kind, kind).revision("one")
+    for file in tree.folder.glob("*.py"):
+        file.write_text(file.read_text().replace('os.environ["DATABASE_URL"]', 'os.environ["OWN_URL"]'))
+    with Proxy(postgres.port) as proxy:
+        own_url = proxy.through(database.url)
+        proxy.refuse()
+        step = start_migrate(OWN_URL=own_url, BIFROST_ALEMBIC_CONFIG=str(tree.config))
+        step.wait_for("trying again")
+        proxy.heal()
+        done = outcome(step)
+    assert (done.code, done.applied, applied(database)) == (0, ["one"], {"one": 1})
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(240)
+def test_m04_server_freezes_in_the_middle(
+    run_folder: RunFolder,
+    start_server: Callable[[PostgresServer], PostgresServer],
+    tree: Tree,
+    start_migrate: StartMigrate,
+) -> None:
+    """A server that is frozen while a revision runs acknowledges and never answers: the step takes its lock for lost
+    and ends with 69, instead of waiting for ever; nothing of the revision is recorded when the server goes on.
+    """
+    server = start_server(PostgresServer(run_folder))
+    database = server.create_database()
+    tree.revision("one").revision("two", barrier())
+    with Barrier(database) as stop:
+        step = start_migrate(deadline=5, BIFROST_DATABASE_URL=database.url, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
+        stop.reached()
+        server.pause()
+        done = outcome(step, 120)
+        server.resume()
+        wait_until(lambda: not stop.waiting(), "the end of the runner's session")
+    assert (done.code, done.facts["error"]) == (69, "UnavailableError")
+    assert "no answer within" in done.facts["message"]
+    assert (recorded(database), applied(database)) == (["one"], {"one": 1})

@@ -1,0 +1,95 @@
+"""M13: an index that an interrupted build has left INVALID does not stay."""
+
+from __future__ import annotations
+
+import threading
+
+import psycopg
+import pytest
+
+from tests.migration.conftest import StartMigrate
+from tests.migration.steps import Tree, applied, concurrent_index, index_states, outcome, recorded, wait_for_statement
+from tests.servers import Database
+
+
+def leave_invalid(database: Database, statement: str) -> None:
+    """Run the statement until it waits for a writer, and end it there."""
+    # The writer last: should the test fail, it goes first, and lets the builder end.
+    with database.connect() as builder, database.connect() as writer:
+        writer.execute("BEGIN; INSERT INTO applied (revision) VALUES ('open')")
+
+        def build() -> None:
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                builder.execute(statement.encode())
+
+        thread = threading.Thread(target=build)
+        thread.start()
+        pid = wait_for_statement(database, statement)
+        database.execute("SELECT pg_cancel_backend(%s)", (pid,))
+        thread.join()
+        writer.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("if_not_exists", [False, True])
+def test_m13_revision_heals_its_own_index(
+    database: Database, tree: Tree, start_migrate: StartMigrate, if_not_exists: bool
+) -> None:
+    """With and without IF NOT EXISTS: the INVALID index of the revision's name is dropped and built anew."""
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    leave_invalid(database, "CREATE INDEX CONCURRENTLY ix_two ON applied (revision)")
+    assert index_states(database) == {"ix_two": False}
+    tree.revision("two", concurrent_index("ix_two", if_not_exists=if_not_exists))
+    done = outcome(start_migrate())
+    assert (done.code, done.applied) == (0, ["two"])
+    assert "dropped the INVALID index ix_two" in done.log
+    assert index_states(database) == {"ix_two": True}
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+def test_m13_others_are_reported(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """INVALID indexes that are no revision's business are left alone and named with the statement that repairs them,
+    which does.
+    """
+    tree.revision("one", 'op.execute("CREATE INDEX ix_kept ON applied (pid)")')
+    assert outcome(start_migrate()).code == 0
+    leave_invalid(database, 'CREATE INDEX CONCURRENTLY "ix Other" ON applied (revision)')
+    leave_invalid(database, "REINDEX INDEX CONCURRENTLY ix_kept")
+    left = {"ix_kept": True, '"ix Other"': False, "ix_kept_ccnew": False}
+    assert index_states(database) == left
+    tree.revision("two", concurrent_index("ix_two"))
+    done = outcome(start_migrate())
+    assert index_states(database) == left | {"ix_two": True}
+    repairs = ['REINDEX INDEX CONCURRENTLY "ix Other"', "DROP INDEX CONCURRENTLY ix_kept_ccnew"]
+    for repair in repairs:
+        assert f"repair it with: {repair}\n" in done.log
+        with database.connect() as session:
+            session.execute(repair.encode())
+    assert index_states(database) == {"ix_kept": True, '"ix Other"': True, "ix_two": True}
+
+
+def test_m13_index_under_construction_is_not_dropped(
+    database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """An INVALID index of the revision's name that another session is building is not dropped: the session finishes,
+    and the revision fails with the server's own words.
+    """
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    tree.revision("two", concurrent_index("ix_theirs"))
+    statement = "CREATE INDEX CONCURRENTLY ix_theirs ON applied (revision)"
+    # The writer last: should the test fail, it goes first, and lets the builder end.
+    with database.connect() as builder, database.connect() as writer:
+        writer.execute("BEGIN; INSERT INTO applied (revision) VALUES ('open')")
+        thread = threading.Thread(target=builder.execute, args=(statement.encode(),))
+        thread.start()
+        wait_for_statement(database, statement)
+        step = start_migrate()
+        # Its build queues behind theirs; a drop would, too, and take the finished index.
+        wait_for_statement(database, "autocommit */ CREATE INDEX")
+        writer.execute("ROLLBACK")
+        thread.join()
+        done = outcome(step)
+    assert (done.code, done.facts["error"]) == (1, "MigrationError")
+    assert 'relation "ix_theirs" already exists' in done.facts["message"]
+    assert index_states(database) == {"ix_theirs": True}

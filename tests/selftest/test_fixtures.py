@@ -1,0 +1,188 @@
+"""The fixtures of conftest.py: what they give each test, and what they keep from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import kombu
+import psutil
+import psycopg
+import pytest
+import redis as redis_package
+
+from tests.conftest import RunBootstrap, RunCommand, StartCommand, without_foreign_variables
+from tests.servers import PLANTED_PASSWORD, Database, Postgres, RunFolder, process
+from tests.servers.command import Commands
+from tests.servers.process import lives, wait_until
+
+#: Seconds within which a process of a test must do what it is told.
+PATIENCE = 20.0
+#: A program that starts a child of its own session, says so, and ends at once.
+LEAVES_A_CHILD = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print(child.pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_databases_are_empty_and_apart(database: Database, run: int) -> None:
+    """Two tests that create the same table do not meet."""
+    database.execute("CREATE TABLE mine (run integer)")
+    with database.connect() as connection:
+        connection.execute("INSERT INTO mine VALUES (%s)", [run])
+    assert database.execute("SELECT run FROM mine") == [(run,)]
+
+
+def test_a_database_is_dropped_under_its_users(postgres: Postgres) -> None:
+    """An open session does not keep a test's database alive."""
+    database = postgres.create_database()
+    with database.connect() as connection:
+        postgres.drop_database(database)
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT 1")
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        database.connect()
+
+
+def test_a_database_can_be_cloned(postgres: Postgres) -> None:
+    """A database made from a template has the template's tables, and the template is not changed through it."""
+    template = postgres.create_database(prefix="template")
+    template.execute("CREATE TABLE kept AS SELECT 1 AS n")
+    clone = postgres.create_database(template=template.name)
+    clone.execute("DELETE FROM kept")
+    assert template.execute("SELECT n FROM kept") == [(1,)]
+    for each in (clone, template):
+        postgres.drop_database(each)
+
+
+def test_no_repr_shows_the_password(database: Database) -> None:
+    """What pytest prints of a database in a failure has no password in it."""
+    assert database.name in repr(database)
+    assert "Zebra" not in repr(database)
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_redis_databases_are_empty(redis_url: str, run: int) -> None:
+    """A key of one test is not there for the next."""
+    with redis_package.Redis.from_url(redis_url) as client:
+        assert client.dbsize() == 0
+        client.set("run", run)
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_virtual_hosts_are_empty(rabbitmq_url: str, run: int) -> None:
+    """A queue of one test is not there for the next, whatever its arguments."""
+    with kombu.Connection(rabbitmq_url) as connection, connection.channel() as channel:
+        channel.queue_declare("bifrost.bootstrap", durable=run == 1, auto_delete=False)
+
+
+def test_the_environment_of_tests_is_clean(monkeypatch: pytest.MonkeyPatch, bifrost_env: Mapping[str, str]) -> None:
+    """No variable of the developer's shell reaches a test or its processes."""
+    foreign = {
+        "BIFROST_TEST_SOMETHING",
+        "CELERY_BROKER_URL",
+        "PGPASSWORD",
+        "DATABASE_URL",
+        "DATABASE_URL_FILE",
+        "REDIS_URL",
+        "RABBITMQ_URL",
+        "ALEMBIC_CONFIG",
+    }
+    for name in foreign:
+        monkeypatch.setenv(name, "planted")
+    assert without_foreign_variables(os.environ).keys() == os.environ.keys() - foreign
+    assert {name for name in bifrost_env if name.startswith("BIFROST_")} == {
+        "BIFROST_DATABASE_URL",
+        "BIFROST_REDIS_URL",
+        "BIFROST_RABBITMQ_URL",
+        "BIFROST_ALEMBIC_CONFIG",
+    }
+    assert not foreign & bifrost_env.keys()
+
+
+def test_the_urls_of_the_environment_work(bifrost_env: Mapping[str, str]) -> None:
+    """Each of the three URLs logs in, its awkward password quoted as URLs want it."""
+    with psycopg.connect(bifrost_env["BIFROST_DATABASE_URL"]) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    with redis_package.Redis.from_url(bifrost_env["BIFROST_REDIS_URL"]) as client:
+        assert client.ping()
+    with kombu.Connection(bifrost_env["BIFROST_RABBITMQ_URL"]) as connection:
+        connection.connect()
+
+
+def test_run_command_returns_code_and_output(run_command: RunCommand) -> None:
+    """Code, stdout and stderr come back as text, and the process has neither a server nor a file around it."""
+    program = "import os, sys; print(sorted(os.listdir()), 'é'); print('to stderr', file=sys.stderr); sys.exit(3)"
+    done = run_command([sys.executable, "-c", program])
+    assert (done.returncode, done.stdout, done.stderr) == (3, "[] é\n", "to stderr\n")
+
+
+def test_run_command_has_an_end(run_command: RunCommand) -> None:
+    """A process that takes longer than it may is killed and fails the test."""
+    with pytest.raises(AssertionError, match=r"still running after 0\.2 s"):
+        run_command([sys.executable, "-c", "import time; time.sleep(600)"], timeout=0.2)
+
+
+def test_waiting_for_a_line_ends_with_the_process(start_command: StartCommand) -> None:
+    """A line that comes is found; one that cannot come any more is a failure at once, with what came instead."""
+    program = "import sys; print('first', file=sys.stderr); print('worker@host ready.', file=sys.stderr)"
+    command = start_command([sys.executable, "-c", program])
+    assert command.wait_for(r"(\S+) ready\.", PATIENCE)[1] == "worker@host"
+    with pytest.raises(AssertionError, match=r"(?s)ended \(0\) without 'never'.*first"):
+        command.wait_for("never", PATIENCE)
+
+
+def test_a_command_that_leaves_a_child_is_a_failure(
+    run_folder: RunFolder, clean_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child in a session of its own is found, named and killed, although nothing links it to its parent."""
+    monkeypatch.setattr(process, "SETTLE_DEADLINE", 0.2)
+    commands = Commands(run_folder)
+    command = commands.start([sys.executable, "-c", LEAVES_A_CHILD], env=clean_env, cwd=tmp_path)
+    child = psutil.Process(int(command.wait_for(r"\d+", PATIENCE, "stdout")[0]))
+    command.wait(PATIENCE)
+    with pytest.raises(AssertionError, match=r"left running.*time\.sleep\(600\)"):
+        commands.close()
+    assert not lives(child)
+
+
+def test_what_is_left_of_a_killed_command_is_no_failure(
+    run_folder: RunFolder, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Orphans of a process that was killed are the test's own doing: they go quietly."""
+    commands = Commands(run_folder)
+    program = LEAVES_A_CHILD + "import time; time.sleep(600)"
+    command = commands.start([sys.executable, "-c", program], env=clean_env, cwd=tmp_path)
+    child = psutil.Process(int(command.wait_for(r"\d+", PATIENCE, "stdout")[0]))
+    command.send_signal(signal.SIGKILL)
+    wait_until(lambda: not command.running, "the end of a killed process", PATIENCE)
+    assert lives(child)
+    commands.close()
+    assert not lives(child)
+
+
+def test_a_command_ends_by_sigterm(start_command: StartCommand) -> None:
+    """`terminate` sends what a container engine sends, and returns the code."""
+    program = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, flush=True); time.sleep(600)"
+    )
+    command = start_command([sys.executable, "-c", program])
+    command.wait_for("1", PATIENCE, "stdout")
+    assert command.terminate(PATIENCE).returncode == 143
+
+
+def test_run_bootstrap_runs_the_package(run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path) -> None:
+    """The command under test is the one installed for this interpreter, found from any folder."""
+    done = run_bootstrap("--version", env=clean_env)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_the_planted_password_must_be_quoted() -> None:
+    """It contains what a careless URL breaks at."""
+    assert set("@:/?%") <= set(PLANTED_PASSWORD)

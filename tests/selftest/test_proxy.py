@@ -1,0 +1,172 @@
+"""The proxy forwards, swallows, refuses, and forwards again."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import redis as redis_package
+
+from tests.conftest import StartProxy, StartServer
+from tests.servers import Proxy, RedisServer, RunFolder
+
+#: Seconds without an answer that a test takes for silence.
+SILENCE = 0.3
+#: Seconds for an answer that must come.
+PATIENCE = 10.0
+
+
+@pytest.fixture
+def echo() -> Iterator[int]:
+    """The port of a server that sends back what it gets, and ends when the client has ended."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(client: socket.socket) -> None:
+        with client:
+            while data := client.recv(1 << 16):
+                client.sendall(data)
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(client,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def connect(proxy: Proxy) -> socket.socket:
+    """A client of the proxy, with a limit to its patience."""
+    return socket.create_connection((proxy.host, proxy.port), PATIENCE)
+
+
+def exchange(client: socket.socket, data: bytes) -> bytes:
+    """What comes back for this."""
+    client.sendall(data)
+    received = b""
+    while len(received) < len(data):
+        received += client.recv(1 << 16)
+    return received
+
+
+def test_it_forwards_and_counts(echo: int, start_proxy: StartProxy) -> None:
+    """Bytes pass in both directions, more than fit into any buffer, and connections are counted."""
+    proxy = start_proxy(echo)
+    with connect(proxy) as one, connect(proxy) as two:
+        assert exchange(one, b"one") == b"one"
+        assert exchange(two, b"two") == b"two"
+        assert (proxy.accepted, proxy.open_connections) == (2, 2)
+        data = bytes(range(256)) * 10_000
+        sender = threading.Thread(target=one.sendall, args=(data,))
+        sender.start()
+        received = b""
+        while len(received) < len(data):
+            received += one.recv(1 << 16)
+        sender.join()
+        assert received == data
+
+
+def test_the_end_of_a_client_passes(echo: int, start_proxy: StartProxy) -> None:
+    """A client that ends its half still gets the rest, and the connection is then forgotten."""
+    proxy = start_proxy(echo)
+    with connect(proxy) as client:
+        client.sendall(b"last words")
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(100) == b"last words"
+        assert client.recv(100) == b""
+    assert proxy.accepted == 1
+
+
+def test_cut_is_silent_and_heal_loses_nothing(echo: int, start_proxy: StartProxy) -> None:
+    """Behind a cut nothing comes and no end of the connection is seen; healed, what was sent arrives."""
+    proxy = start_proxy(echo)
+    with connect(proxy) as client:
+        assert exchange(client, b"before") == b"before"
+        proxy.cut()
+        client.sendall(b"during")
+        client.settimeout(SILENCE)
+        with pytest.raises(TimeoutError):
+            client.recv(100)
+        client.settimeout(PATIENCE)
+        proxy.heal()
+        assert client.recv(100) == b"during"
+
+
+def test_cut_accepts_new_connections_and_says_nothing(echo: int, start_proxy: StartProxy) -> None:
+    """Who connects during a cut is taken and hears nothing until it is healed."""
+    proxy = start_proxy(echo)
+    proxy.cut()
+    with connect(proxy) as client:
+        client.sendall(b"hello")
+        client.settimeout(SILENCE)
+        with pytest.raises(TimeoutError):
+            client.recv(100)
+        client.settimeout(PATIENCE)
+        proxy.heal()
+        assert client.recv(100) == b"hello"
+
+
+def test_no_end_passes_a_cut(start_proxy: StartProxy) -> None:
+    """A client that goes away during a cut is not missed by the server, until it is healed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = start_proxy(listener.getsockname()[1])
+        client = connect(proxy)
+        client.sendall(b"x")
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(PATIENCE)
+            assert server.recv(1) == b"x"
+            proxy.cut()
+            client.close()
+            server.settimeout(SILENCE)
+            with pytest.raises(TimeoutError):
+                server.recv(1)
+            server.settimeout(PATIENCE)
+            proxy.heal()
+            assert server.recv(1) == b""
+
+
+def test_refuse_closes_and_heal_opens_the_same_port(echo: int, start_proxy: StartProxy) -> None:
+    """A refusing proxy ends its connections, also those it had cut, and takes no new ones, until it is healed."""
+    proxy = start_proxy(echo)
+    with connect(proxy) as client:
+        assert exchange(client, b"before") == b"before"
+        proxy.cut()
+        proxy.refuse()
+        try:
+            assert client.recv(100) == b""
+        except ConnectionResetError:
+            pass  # as good an end
+    assert proxy.open_connections == 0
+    with pytest.raises(ConnectionRefusedError):
+        connect(proxy)
+    proxy.heal()
+    with connect(proxy) as client:
+        assert exchange(client, b"after") == b"after"
+
+
+def test_a_server_that_is_down_ends_the_client(start_proxy: StartProxy) -> None:
+    """A client of a proxy without a server is closed, not left hanging."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with connect(start_proxy(port)) as client:
+        assert client.recv(1) == b""
+
+
+def test_a_url_goes_through_it(run_folder: RunFolder, start_server: StartServer, start_proxy: StartProxy) -> None:
+    """The URL of a server, led through the proxy, keeps login and database."""
+    server = start_server(RedisServer(run_folder))
+    proxy = start_proxy(server.port)
+    with server.client(2) as client:
+        client.set("where", "database 2")
+    with redis_package.Redis.from_url(proxy.through(server.url(2))) as client:
+        assert client.get("where") == b"database 2"

@@ -1,0 +1,215 @@
+"""PostgreSQL: one cluster per server, one database per test."""
+
+from __future__ import annotations
+
+import fcntl
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, LiteralString
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+import psycopg
+from psycopg import sql
+
+from tests.servers.leaks import PLANTED_PASSWORD
+from tests.servers.process import RunFolder, Server, find_program, unprivileged_user
+
+PROGRAM_FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
+#: The superuser of private clusters.
+ADMIN_ROLE = "postgres"
+#: Whom the URLs of tests log in as: owner of its databases, and nothing more.
+APP_ROLE = "bifrost"
+#: Nothing waits for a disk: a test kills the server, never the machine. (Commits stay synchronous: what is committed
+#: survives a kill.) 20 `init` at once take several connections each.
+THROW_AWAY = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "300",
+}
+#: Seconds for one connection attempt.
+CONNECT_TIMEOUT = 5
+
+
+class Postgres:
+    """A cluster that tests may make databases in: our own, or one that BIFROST_TEST_DATABASE_URL names.
+
+    Attributes:
+        admin_url: Logs in as somebody who may create databases.
+        app_role, app_password: Whom the tests' databases belong to.
+    """
+
+    def __init__(self, admin_url: str, app_role: str, app_password: str) -> None:
+        self.admin_url = admin_url
+        self.app_role = app_role
+        self.app_password = app_password
+
+    @classmethod
+    def at(cls, url: str) -> Postgres:
+        """The cluster of this URL: its user creates the databases and owns them."""
+        parts = urlsplit(url)
+        plain = urlunsplit(parts._replace(scheme="postgresql"))
+        return cls(plain, unquote(parts.username or ""), unquote(parts.password or ""))
+
+    def url(self, database: str = "postgres", *, driver: str | None = None, user: str | None = None) -> str:
+        """Return the URL of a database; `driver` becomes the suffix of the scheme, `user` has the same password."""
+        parts = urlsplit(self.admin_url)
+        login = f"{quote(user or self.app_role, safe='')}:{quote(self.app_password, safe='')}"
+        return urlunsplit(
+            parts._replace(
+                scheme=f"postgresql+{driver}" if driver else "postgresql",
+                netloc=f"{login}@{parts.netloc.rpartition('@')[2]}",
+                path=f"/{quote(database, safe='')}",
+            )
+        )
+
+    def admin(self, database: str | None = None) -> psycopg.Connection[tuple[Any, ...]]:
+        """Connect as the administrator, in autocommit; to this database, else to the one of the admin URL."""
+        url = urlsplit(self.admin_url)
+        if database is not None:
+            url = url._replace(path=f"/{quote(database, safe='')}")
+        return psycopg.connect(urlunsplit(url), autocommit=True, connect_timeout=CONNECT_TIMEOUT)
+
+    def create_database(self, *, template: str = "template1", prefix: str = "test") -> Database:
+        """Create a database of a new name that belongs to the app role; `template` is copied with its tables."""
+        database = Database(self, f"{prefix}_{secrets.token_hex(4)}")
+        with self.admin() as connection:
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER {}").format(
+                    sql.Identifier(database.name), sql.Identifier(template), sql.Identifier(self.app_role)
+                )
+            )
+        return database
+
+    def drop_database(self, database: Database) -> None:
+        """Drop it, whoever is still connected; nothing happens if it is gone."""
+        with self.admin() as connection:
+            name = sql.Identifier(database.name)
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+
+
+@dataclass(frozen=True)
+class Database:
+    """One database of a test. Its repr has no password."""
+
+    server: Postgres = field(repr=False)
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Its URL as the app role, without a driver suffix."""
+        return self.server.url(self.name)
+
+    def url_for(self, driver: str) -> str:
+        """Its URL with a driver suffix."""
+        return self.server.url(self.name, driver=driver)
+
+    def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        """Connect as the app role, in autocommit."""
+        return psycopg.connect(self.url, autocommit=True, connect_timeout=CONNECT_TIMEOUT)
+
+    def execute(self, query: LiteralString, parameters: Sequence[object] | None = None) -> list[tuple[Any, ...]]:
+        """Run one statement as the app role on a connection of its own; the rows, if it returns any."""
+        with self.connect() as connection:
+            cursor = connection.execute(query, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+
+class PostgresServer(Server, Postgres):
+    """A private PostgreSQL: TCP on 127.0.0.1 with SCRAM passwords, no Unix socket, no durability.
+
+    Text sorts as in en-US where PostgreSQL is 15 or later: code that takes the database's order for Python's is found.
+
+    Args:
+        run: Where its files go.
+        config: Server settings, for instance `{"log_statement": "all"}`; may be changed between two starts.
+    """
+
+    kind: ClassVar[str] = "postgres"
+    stop_signal: ClassVar[signal.Signals] = signal.SIGINT  # "fast": open sessions are ended, not waited for
+    death_signal: ClassVar[str] = "QUIT"  # the postmaster takes its children along
+    not_ready: ClassVar[tuple[type[Exception], ...]] = (psycopg.OperationalError,)
+
+    def __init__(self, run: RunFolder, config: Mapping[str, str] | None = None) -> None:
+        Server.__init__(self, run)
+        password = quote(PLANTED_PASSWORD, safe="")
+        admin_url = f"postgresql://{ADMIN_ROLE}:{password}@{self.host}:{self.port}/postgres"
+        Postgres.__init__(self, admin_url, APP_ROLE, PLANTED_PASSWORD)
+        self.config = dict(config or {})
+        self._fresh = True
+
+    def user(self) -> pwd.struct_passwd | None:
+        return unprivileged_user()
+
+    def prepare(self) -> None:
+        if self._fresh:
+            shutil.copytree(_new_cluster(self.run, self), self.data, dirs_exist_ok=True)
+
+    def command(self) -> Sequence[str]:
+        settings = {**THROW_AWAY, **self.config}
+        return [
+            str(_programs() / "postgres"),
+            *("-D", str(self.data), "-p", str(self.port)),
+            *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
+        ]
+
+    def probe(self) -> None:
+        with self.admin() as connection:
+            if self._fresh:
+                role, password = sql.Identifier(APP_ROLE), sql.Literal(PLANTED_PASSWORD)
+                # Not into the log, whatever log_statement says.
+                connection.execute("SET log_statement = 'none'; SET log_min_duration_statement = -1")
+                connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, password))
+                self._fresh = False
+
+
+def _programs() -> Path:
+    """Return the folder of initdb, postgres and the rest: all of one version."""
+    return Path(find_program("initdb", *PROGRAM_FOLDERS)).resolve().parent
+
+
+def _new_cluster(run: RunFolder, server: PostgresServer) -> Path:
+    """Return a new cluster to copy; initdb runs once per test run, whichever xdist worker comes first."""
+    cluster = run.root / "data" / "postgres-template"
+    with (run.root / "data" / "postgres-template.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not cluster.exists():
+            _initdb(cluster, server)
+    return cluster
+
+
+def _initdb(cluster: Path, server: PostgresServer) -> None:
+    initdb = _programs() / "initdb"
+    version = subprocess.run([initdb, "--version"], capture_output=True, text=True, check=True).stdout
+    major = int(re.findall(r"\d+", version)[0])
+    locale = ["--locale-provider=icu", "--icu-locale=en-US"] if major >= 15 else ["--locale=C"]
+    unfinished = cluster.with_suffix(".unfinished")
+    unfinished.mkdir(mode=0o700)
+    password_file = unfinished.with_suffix(".password")
+    password_file.touch(mode=0o600)
+    password_file.write_text(PLANTED_PASSWORD)
+    server.hand_over(unfinished, password_file)
+    user = server.user()
+    options = ["-U", ADMIN_ROLE, f"--pwfile={password_file}", "-A", "scram-sha-256", "--encoding=UTF8"]
+    done = subprocess.run(
+        [initdb, "-D", unfinished, *options, *locale, "--no-sync", "--no-instructions"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env=server.environment(),
+        user=None if user is None else user.pw_uid,
+        group=None if user is None else user.pw_gid,
+    )
+    password_file.unlink()
+    if done.returncode != 0:
+        raise RuntimeError(f"initdb ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    unfinished.rename(cluster)

@@ -1,0 +1,218 @@
+"""A TCP proxy in front of a server, for faults that the server itself does not know of."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from tests.servers.process import free_port
+
+#: Bytes forwarded at a time.
+CHUNK_BYTES = 1 << 16
+#: Seconds to reach the server for a new client, and for a thread to end.
+PATIENCE = 10.0
+
+
+class Proxy:
+    """Forwards TCP connections to a server until told otherwise.
+
+    Attributes:
+        port: Where it listens on 127.0.0.1; the same after `refuse` and `heal`.
+        accepted: How many connections it has taken since it was made.
+
+    A client behind `cut` sees silence, not an error. One thing differs from a pulled cable: the kernel goes on to
+    acknowledge what is sent and answers TCP keepalives, so both sides must notice by their own timeouts.
+    """
+
+    def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
+        self.host = "127.0.0.1"
+        self.port = free_port()
+        self.accepted = 0
+        self._target = (target_host, target_port)
+        self._state = threading.Condition()  # guards everything below
+        self._mode: Literal["forward", "cut", "refuse"] = "refuse"
+        self._links: set[_Link] = set()
+        self._stranded: set[_Link] = set()
+        self._waker: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Begin to listen and forward."""
+        self.heal()
+        return self
+
+    def through(self, url: str) -> str:
+        """Return this URL of the server with the proxy's address in it."""
+        parts = urlsplit(url)
+        login = parts.netloc.rpartition("@")[0]
+        address = f"{self.host}:{self.port}"
+        return urlunsplit(parts._replace(netloc=f"{login}@{address}" if login else address))
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections stand now, also those that `cut` has silenced."""
+        with self._state:
+            return len(self._links)
+
+    def cut(self) -> None:
+        """Swallow everything: connections stay open, new ones are accepted, and not a byte or FIN passes."""
+        with self._state:
+            if self._mode == "refuse":
+                raise RuntimeError("a proxy that refuses has nothing to cut: heal it first")
+            self._mode = "cut"
+
+    def strand(self, *, client_end: float | None = None, server_end: float | None = None) -> None:
+        """Forward again, but only what connects from now on: the connections that stand are silent for ever.
+
+        So a firewall that lost its state. What the kernel's keepalives would do to a cut line, which cannot happen
+        here, is done after this many seconds: the client's end is closed, and the server's. None: never.
+        """
+        with self._state:
+            lost = list(self._links)
+            self._stranded.update(lost)
+        self.heal()
+        for seconds, ends in (
+            (client_end, [link.client for link in lost]),
+            (server_end, [link.server for link in lost]),
+        ):
+            if seconds is not None:
+                timer = threading.Timer(seconds, _shut_down, [ends])
+                timer.daemon = True
+                timer.start()
+
+    def refuse(self) -> None:
+        """Close all connections and the listener: whoever connects is refused, as by a server that is down."""
+        with self._state:
+            self._mode = "refuse"
+            self._state.notify_all()
+            links = list(self._links)
+            if self._waker is not None:
+                self._waker.close()  # wakes the acceptor, which closes the listener
+                self._waker = None
+            acceptor, self._acceptor = self._acceptor, None
+        for link in links:
+            link.break_off()
+        for thread in (acceptor, *(link.thread for link in links)):
+            if thread is not None:
+                thread.join(PATIENCE)
+
+    def heal(self) -> None:
+        """Forward again. What was cut goes on where it stopped, nothing lost, as TCP after a short outage."""
+        with self._state:
+            if self._mode == "refuse":
+                self._listen()
+            self._mode = "forward"
+            self._state.notify_all()
+
+    def close(self) -> None:
+        """End it; the same as `refuse`."""
+        self.refuse()
+
+    def connect(self) -> socket.socket:
+        """Open a connection to the server; OSError if it is not there."""
+        server = socket.create_connection(self._target, PATIENCE)
+        server.settimeout(None)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return server
+
+    def passes(self, link: _Link) -> bool:
+        """Wait while the link is cut; then whether forwarding goes on (True) or everything is to be closed."""
+        with self._state:
+            self._state.wait_for(
+                lambda: self._mode == "refuse" or (self._mode == "forward" and link not in self._stranded)
+            )
+            return self._mode == "forward"
+
+    def forget(self, link: _Link) -> None:
+        """Count this link no more."""
+        with self._state:
+            self._links.discard(link)
+            self._stranded.discard(link)
+
+    def _listen(self) -> None:
+        listener = socket.create_server((self.host, self.port))
+        listener.setblocking(False)
+        self._waker, woken = socket.socketpair()
+        self._acceptor = threading.Thread(target=self._accept, args=(listener, woken), name="proxy", daemon=True)
+        self._acceptor.start()
+
+    def _accept(self, listener: socket.socket, woken: socket.socket) -> None:
+        with listener, woken:
+            while woken not in select.select([listener, woken], [], [])[0]:
+                try:
+                    client, _ = listener.accept()
+                except OSError:
+                    continue  # it went away again
+                client.setblocking(True)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                link = _Link(self, client)
+                with self._state:
+                    self.accepted += 1
+                    self._links.add(link)
+                    link.thread.start()
+
+
+class _Link:
+    """One client's connection and the one to the server, with a thread for each direction."""
+
+    def __init__(self, proxy: Proxy, client: socket.socket) -> None:
+        self._proxy = proxy
+        self.client = client
+        self.server: socket.socket | None = None
+        self.thread = threading.Thread(target=self._serve, name="proxy up", daemon=True)
+
+    def break_off(self) -> None:
+        """Wake both threads out of whatever they wait for; the sockets are closed when both have ended."""
+        _shut_down([self.client, self.server])
+
+    def _serve(self) -> None:
+        try:
+            if self._proxy.passes(self):
+                self.server = server = self._proxy.connect()
+                down = threading.Thread(target=self._pump, args=(server, self.client), name="proxy down", daemon=True)
+                down.start()
+                self._pump(self.client, server)
+                down.join()
+        except OSError:
+            pass  # the server is not there: the client sees its connection closed
+        finally:
+            for end in (self.client, self.server):
+                if end is not None:
+                    end.close()
+            self._proxy.forget(self)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        """Forward one direction until its end; an end that comes during a cut passes after it."""
+        try:
+            while data := source.recv(CHUNK_BYTES):
+                if not self._proxy.passes(self):
+                    break
+                sink.sendall(data)
+            if self._proxy.passes(self):
+                sink.shutdown(socket.SHUT_WR)  # the other direction may still have something to say
+                return
+        except OSError:
+            self._proxy.passes(self)
+        self.break_off()
+
+
+def _shut_down(ends: Sequence[socket.socket | None]) -> None:
+    for end in ends:
+        if end is not None:
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # closed already

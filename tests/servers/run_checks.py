@@ -1,0 +1,77 @@
+"""What is checked of a whole run: no password in any output, no process left, no test silently without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+import pytest
+
+from tests.servers.leaks import leaks_below, leaks_in
+from tests.servers.process import RunFolder, end_processes
+
+#: How the reason of a test begins that had no server; the summary counts by it.
+LACKS_SERVER = "no server:"
+#: How pytest ends when no test has failed.
+GOOD = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def lacks_server(reason: object, *, in_ci: bool) -> NoReturn:
+    """End a test whose server is not installed: skipped on a laptop, failed in CI."""
+    text = f"{LACKS_SERVER} {reason}"
+    if in_ci:
+        pytest.fail(text, pytrace=False)
+    pytest.skip(text)
+
+
+class RunChecks:
+    """The plugin of the process that reports: pytest's only one, or the controller of the xdist workers."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.faults: list[str] = []
+        self.lacked_server: set[str] = set()
+        self._passed = True
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._search(report)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._search(report)
+        if not report.passed and LACKS_SERVER in report.longreprtext + str(report.longrepr):
+            self.lacked_server.add(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Runs after session fixtures and xdist workers have ended, and before the terminal's summary."""
+        left = self.run.left_over()
+        self.faults += [f"left running: {process.pid} {' '.join(process.cmdline())}" for process in left]
+        end_processes(left)
+        self.faults += [f"the planted password is in {place}" for place in leaks_below(self.run.output)]
+        self._passed = not self.faults and session.exitstatus in GOOD
+        if self.faults and session.exitstatus in GOOD:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> Iterator[None]:
+        yield
+        if self.faults:
+            terminalreporter.section("faults of the whole run", sep="=", red=True)
+            for fault in dict.fromkeys(self.faults):  # each phase of a test repeats what was captured before
+                terminalreporter.line(fault, red=True)
+        del exitstatus  # not the one that the faults have made of it
+        if not self._passed:
+            terminalreporter.line(f"output of all processes: {self.run.output}")
+        count = len(self.lacked_server)
+        terminalreporter.line(f"{count} tests lacked a server", yellow=count > 0)
+
+    def pytest_unconfigure(self, config: pytest.Config) -> None:
+        """Keep the output of a run that failed, and nothing else."""
+        del config
+        self.run.remove(keep_output=not self._passed)
+
+    def _search(self, report: pytest.CollectReport | pytest.TestReport) -> None:
+        """Look at what pytest has captured of a test, and at what it would print about its failure."""
+        texts = [text for _, text in report.sections]
+        if any(map(leaks_in, [*texts, report.longreprtext])):
+            self.faults.append(f"the planted password is in the report of {report.nodeid}")

@@ -1,0 +1,88 @@
+"""The one wait, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from bifrost_bootstrap import deadline as module
+from bifrost_bootstrap.deadline import Deadline
+
+
+class Clock:
+    """Stands in for the module `time`: sleeping is what makes it later."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that deadlines go by in this test."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_remaining_ends_at_zero(clock: Clock) -> None:
+    """Elapsed grows, remaining shrinks to 0 and no further, and then the deadline has passed."""
+    deadline = Deadline(10)
+    clock.now += 4
+    assert (deadline.elapsed, deadline.remaining, deadline.passed) == (4, 6, False)
+    clock.now += 6
+    assert (deadline.elapsed, deadline.remaining, deadline.passed) == (10, 0, True)
+    clock.now += 5
+    assert (deadline.elapsed, deadline.remaining, deadline.passed) == (15, 0, True)
+
+
+def test_deadline_of_zero_has_passed(clock: Clock) -> None:
+    """0 seconds: look once, never wait."""
+    deadline = Deadline(0)
+    assert deadline.passed
+    deadline.sleep(5)
+    assert clock.slept == [0]
+
+
+def test_sleep_never_goes_past_the_deadline(clock: Clock) -> None:
+    """A sleep is cut at the deadline."""
+    deadline = Deadline(10)
+    deadline.sleep(7)
+    deadline.sleep(7)
+    deadline.sleep(7)
+    assert clock.slept == [7, 3, 0]
+
+
+def test_within_is_never_later_than_the_whole(clock: Clock) -> None:
+    """A part of the wait ends with it at the latest."""
+    whole = Deadline(10)
+    clock.now += 4
+    assert whole.within(3).remaining == 3
+    assert whole.within(30).remaining == 6
+
+
+def test_pause_doubles_up_to_the_longest(clock: Clock) -> None:
+    """Each pause is between half of and the whole of `first` doubled per attempt, at most `longest`."""
+    for attempt, whole in [(1, 0.5), (2, 1), (3, 2), (4, 4), (5, 5), (1000, 5)]:
+        Deadline(1000).pause(attempt, first=0.5, longest=5)
+        assert whole / 2 <= clock.slept[-1] <= whole
+
+
+def test_pauses_differ(clock: Clock) -> None:
+    """Replicas that failed together do not come back together."""
+    for _ in range(20):
+        Deadline(1000).pause(3, first=1, longest=60)
+    assert len(set(clock.slept)) > 1
+
+
+def test_pause_ends_at_the_deadline(clock: Clock) -> None:
+    """A pause is a sleep: cut at the deadline."""
+    Deadline(0.1).pause(5, first=10, longest=60)
+    assert clock.slept == [0.1]

@@ -1,0 +1,20 @@
+"""The progress of a step, and where it lies."""
+
+from __future__ import annotations
+
+import json
+
+from bifrost_bootstrap.progress import Progress, held_key, progress_key
+
+
+def test_progress_crosses_json() -> None:
+    """What the worker writes is what init reads."""
+    progress = Progress("warm", 3, 10, "modules", "Grüße")
+    assert Progress(**json.loads(json.dumps(progress.to_dict()))) == progress
+
+
+def test_keys_are_ours_and_differ() -> None:
+    """Both keys of a task are below our own prefix, and apart from each other and from those of another task."""
+    keys = {progress_key("a"), held_key("a"), progress_key("b"), held_key("b")}
+    assert len(keys) == 4
+    assert all(key.startswith(b"bifrost:bootstrap:") for key in keys)

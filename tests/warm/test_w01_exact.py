@@ -1,0 +1,135 @@
+"""W1: after a warm the cache equals the rows, whatever they hold."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from tests.warm.deployment import ENTRY, INDEX, Deployment, sha256
+
+#: What PostgreSQL's text can hold: anything but NUL (and half surrogates, which are no characters).
+TEXT = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+PATHS = st.one_of(
+    st.text(TEXT, max_size=30),
+    st.text("*?[]^\\/ \n\t\"'{}:.index", max_size=12),
+    st.text(TEXT, min_size=1000, max_size=1000),
+).filter(lambda path: path != "index")
+MODULES = st.dictionaries(PATHS, st.text(TEXT, max_size=60), max_size=8)
+
+
+@settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(modules=MODULES, full=st.booleans())
+def test_w01_cache_equals_rows_for_any_rows(deployment: Deployment, modules: dict[str, str], full: bool) -> None:
+    """Whatever the cache held before (the last example's rows), it equals the rows afterwards; a second warm agrees."""
+    deployment.database.execute("DELETE FROM workspace_files")
+    deployment.put(modules)
+    deployment.warm(full=full, allow_shrink=True)
+    deployment.assert_exact()
+    again = deployment.warm()
+    assert (again.added, again.changed, again.removed, again.expiring, again.passes) == (0, 0, 0, 0, 1)
+
+
+def test_w01_large_module_and_empty_one(deployment: Deployment) -> None:
+    """A module of 50 MB and an empty one are modules like any other."""
+    deployment.put({"large.py": "# ünïcode\n" * 5_000_000, "pkg/__init__.py": ""})
+    assert deployment.warm().modules == 2
+    deployment.assert_exact()
+
+
+def test_w01_what_is_no_module_is_not_cached(deployment: Deployment) -> None:
+    """Deleted rows, rows without content and other kinds of files have no entry, and lose the one they had."""
+    deployment.put(dict.fromkeys(("kept", "deleted", "emptied", "other"), "x = 1"))
+    deployment.warm()
+    deployment.remove("deleted")
+    deployment.database.execute("UPDATE workspace_files SET content = NULL WHERE path = 'emptied'")
+    deployment.database.execute("UPDATE workspace_files SET entity_type = 'form' WHERE path = 'other'")
+    assert deployment.warm().removed == 3
+    deployment.assert_exact()
+    assert set(deployment.module_keys()) == {INDEX, ENTRY + b"kept"}
+
+
+def test_w01_path_of_the_index_is_refused_and_named(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    """A module whose entry would be the index is left out, named in log and result, and the index stays one."""
+    deployment.put({"index": "x = 1", "a.py": "y = 2"})
+    with caplog.at_level(logging.WARNING):
+        result = deployment.warm()
+    assert [path for path, _ in result.odd] == ["index"]
+    assert "'index' is not cached" in caplog.text
+    assert result.modules == 1
+    deployment.assert_exact()
+
+
+@pytest.mark.parametrize("content_hash", [None, "", "abc", "Z" * 64, "é" * 64])
+def test_w01_hash_that_is_none_is_computed(deployment: Deployment, content_hash: str | None) -> None:
+    """Where `content_hash` is no sha-256 the entry has the right one, and the next warm finds no difference."""
+    deployment.put({"a.py": "x = 1"})
+    deployment.database.execute("UPDATE workspace_files SET content_hash = %s", [content_hash])
+    deployment.warm()
+    deployment.assert_exact()
+    assert deployment.warm().changed == 0
+    deployment.database.execute("UPDATE workspace_files SET content = 'x = 2'")
+    deployment.warm()
+    deployment.assert_exact()
+
+
+def test_w01_hash_in_capitals_is_the_same_hash(deployment: Deployment) -> None:
+    """Hex digits are digits in either case: such a row is trusted, and its entry has small letters."""
+    deployment.put({"a.py": "x = 1"})
+    deployment.database.execute("UPDATE workspace_files SET content_hash = upper(content_hash)")
+    deployment.warm()
+    deployment.assert_exact()
+    assert deployment.warm().changed == 0
+
+
+def test_w01_full_trusts_no_hash(deployment: Deployment) -> None:
+    """A hash that lies hides a change from a warm, not from a full one, and what that wrote is left alone."""
+    deployment.put({"a.py": "x = 1"})
+    deployment.warm()
+    deployment.database.execute("UPDATE workspace_files SET content = 'x = 2'")
+    deployment.warm()
+    assert deployment.content("a.py") == "x = 1"
+    deployment.warm(full=True)
+    deployment.assert_exact()
+    assert deployment.warm().changed == 0
+    deployment.assert_exact()
+
+
+def test_w01_whatever_lies_in_the_cache_is_put_right(deployment: Deployment) -> None:
+    """Entries of another type, broken ones, none at all, and indexed paths that are not even text."""
+    deployment.put({name: f"# {name}" for name in ("hash", "broken", "short", "none", "loose", "loose_old")})
+    client = deployment.client
+    client.hset((ENTRY + b"hash").decode(), "content", "x")
+    client.set(ENTRY + b"broken", b"\xff" * 100)
+    client.set(ENTRY + b"short", b"{}")
+    client.set(ENTRY + b"loose_old", b'{"content":"","path":"loose_old","hash":"' + sha256("").encode() + b'"}')
+    deployment.api_set("loose", "# loose")
+    client.srem(INDEX, "loose")
+    client.sadd(INDEX, "hash", "broken", "short", "none", "ghost", b"\xff\xfe", b"", b"\0")
+    deployment.warm()
+    deployment.assert_exact()
+    assert len(deployment.module_keys()) == 7
+
+
+@pytest.mark.parametrize("row", [True, False])
+def test_w01_index_that_names_itself(deployment: Deployment, row: bool) -> None:
+    """Where somebody has put `index` into the index it is taken out, and the index is not deleted as its entry."""
+    deployment.put({"a.py": "x"} | ({"index": "y"} if row else {}))
+    deployment.warm()
+    deployment.client.sadd(INDEX, "index")
+    assert deployment.warm().removed == 1
+    deployment.assert_exact()
+    assert deployment.warm().passes == 1
+
+
+def test_w01_many_added_at_once(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large fill, whose entries go straight into their places, is as exact, also over entries without index."""
+    monkeypatch.setattr("bifrost_bootstrap.warm.LARGE_FILL", 10)
+    deployment.put({f"m{n}.py": f"x = {n}" for n in range(100)})
+    deployment.api_set("m1.py", "older")
+    deployment.api_set("m2.py", "x = 2")
+    deployment.client.delete(INDEX)
+    deployment.warm()
+    deployment.assert_exact()
+    assert {deployment.client.ttl(key) for key in deployment.module_keys()} == {-1}

@@ -1,0 +1,159 @@
+"""W4: when a warm ends, no older version stands over a newer one, whoever wrote while it ran."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+
+from bifrost_bootstrap.errors import WarmError
+from bifrost_bootstrap.progress import Progress
+from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING
+from tests.servers.process import wait_until
+from tests.warm.conftest import NewDeployment
+from tests.warm.deployment import Deployment, at
+
+PATH = "module.py"
+
+
+def watched(deployment: Deployment, point: str, action: Callable[[], object]) -> list[str | None]:
+    """Warm; do this at the point of the first pass; return what a reader saw from then on, change by change."""
+    seen: list[str | None] = []
+
+    def act_and_look() -> None:
+        action()
+        seen.append(deployment.content(PATH))
+
+    act = at(point, act_and_look)
+
+    def report(progress: Progress) -> None:
+        act(progress)
+        if seen and deployment.content(PATH) != seen[-1]:
+            seen.append(deployment.content(PATH))
+
+    deployment.warm(report)
+    if deployment.content(PATH) != seen[-1]:
+        seen.append(deployment.content(PATH))
+    deployment.assert_exact()
+    return seen
+
+
+@pytest.fixture
+def stale(deployment: Deployment) -> Deployment:
+    """The cache has the first version, the row the second."""
+    deployment.put({PATH: "version = 1"})
+    deployment.warm()
+    deployment.put({PATH: "version = 2"})
+    return deployment
+
+
+@pytest.mark.parametrize("point", [STAGING, SWITCHING])
+def test_w04_write_between_snapshot_and_switch(stale: Deployment, point: str) -> None:
+    """What is written after the snapshot stays: a reader never sees an older version after it."""
+    seen = watched(stale, point, lambda: stale.api_write(PATH, "version = 3"))
+    assert seen == ["version = 3"]
+
+
+def test_w04_write_before_the_snapshot(stale: Deployment) -> None:
+    """What is written after the cache was read and before the rows are is in both: nothing older comes back."""
+    seen = watched(stale, COMPARING, lambda: stale.api_write(PATH, "version = 3"))
+    assert seen == ["version = 3"]
+
+
+def test_w04_delete_of_an_absent_entry(deployment: Deployment) -> None:
+    """A module whose entry does not exist yet is deleted after the snapshot: it comes back for one pass at most."""
+    deployment.put({PATH: "version = 1", "other.py": ""})
+    seen = watched(deployment, SWITCHING, lambda: deployment.api_delete(PATH))
+    assert seen in ([None, "version = 1", None], [None])
+
+
+def test_w04_revert(stale: Deployment) -> None:
+    """A writer goes back to what the cache holds: the entry looks untouched, and the last version wins all the same."""
+    seen = watched(stale, SWITCHING, lambda: stale.api_write(PATH, "version = 1"))
+    assert seen in (["version = 1", "version = 2", "version = 1"], ["version = 1"])
+
+
+def test_w04_added_entry_is_not_overwritten(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a large fill too: what a writer sets before or after ours is in place stays."""
+    monkeypatch.setattr("bifrost_bootstrap.warm.LARGE_FILL", 0)
+    monkeypatch.setattr("bifrost_bootstrap.warm.BATCH_SIZE", 1)
+    paths = [f"{number}.py" for number in range(20)]
+    deployment.put(dict.fromkeys(paths, "version = 1"))
+    versions = iter(range(2, 100))
+    written: dict[str, str] = {}
+    generator = random.Random(4)
+
+    def write(progress: Progress) -> None:
+        if progress.note == STAGING:
+            path = generator.choice(paths)
+            written[path] = f"version = {next(versions)}"
+            deployment.api_write(path, written[path])
+        for path, content in written.items():
+            assert deployment.content(path) == content
+
+    deployment.warm(write)
+    deployment.assert_exact()
+
+
+def test_w04_writer_that_never_rests(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every pass finds another change the warm ends all the same, and says that it did not settle."""
+    monkeypatch.setattr("bifrost_bootstrap.warm.MOST_PASSES", 3)
+    deployment.put({PATH: "version = 0"})
+    number = 0
+
+    def commit_only(progress: Progress) -> None:
+        nonlocal number
+        if progress.note == READING:
+            number += 1
+            deployment.put({PATH: f"version = {number}"})
+
+    with pytest.raises(WarmError, match=r"3 passes.*1 changed"):
+        deployment.warm(commit_only)
+
+
+@pytest.mark.race
+def test_w04_writers_under_load(deploy: NewDeployment, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six writers change, add and delete without pause, and end in the middle of the last warm: the cache is exact."""
+    writers, paths = 6, 12
+    stop = Event()
+    written = [0] * writers
+
+    def write(number: int, one: Deployment) -> None:
+        generator = random.Random(number)
+        while not stop.is_set():
+            # Each path has one writer: two on one path race in the platform itself.
+            path = f"{number}/{generator.randrange(paths)}.py"
+            if generator.random() < 0.3:
+                one.api_delete(path)
+            else:
+                one.api_write(path, f"# {generator.random()}")
+            written[number] += 1
+
+    deployment.put({f"still/{number}.py": "x" for number in range(50)})
+    ones = [deploy(deployment.settings.redis, deployment.database) for _ in range(writers)]
+    with ThreadPoolExecutor(writers) as pool:
+        ended = [pool.submit(write, number, one) for number, one in enumerate(ones)]
+
+        def end_them() -> None:
+            stop.set()
+            for writer in ended:
+                writer.result()
+
+        try:
+            for last in (False, False, True):
+                so_far = sum(written)
+                wait_until(lambda so_far=so_far: sum(written) > so_far + 20, "writers at work")  # type: ignore[misc]
+                if last:
+                    deployment.warm(at(SWITCHING, end_them))
+                    continue
+                with monkeypatch.context() as patched, contextlib.suppress(WarmError):
+                    # Under such a load a warm need not settle.
+                    patched.setattr("bifrost_bootstrap.warm.MOST_PASSES", 3)
+                    deployment.warm()
+        finally:
+            stop.set()
+    deployment.assert_exact()

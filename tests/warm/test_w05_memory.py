@@ -1,0 +1,126 @@
+"""W5: memory does not grow with the modules, and Redis is blocked for what changes only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bifrost_bootstrap
+from bifrost_bootstrap import warm
+from tests.servers import RedisServer, RunFolder
+from tests.warm.conftest import NewDeployment
+from tests.warm.deployment import Deployment
+
+ROOT = Path(bifrost_bootstrap.__file__).parent.parent
+StartRedis = Callable[[RedisServer], RedisServer]
+#: One warm that prints its peak resident memory in megabytes (Linux counts in kilobytes, macOS in bytes).
+WARM_ONCE = """
+import resource, sys
+from bifrost_bootstrap import settings
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.warm import warm
+warm(settings.load(needs=("database", "redis")), Deadline(300), lambda progress: None, full="full" in sys.argv)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+"""
+
+
+def fill(deployment: Deployment, count: int) -> None:
+    """Replace the modules by `count` of about 300 bytes with paths of about 60."""
+    deployment.database.execute("DELETE FROM workspace_files")
+    deployment.database.execute(
+        """INSERT INTO workspace_files (path, content, content_hash, entity_type)
+           SELECT path, content, encode(sha256(convert_to(content, 'UTF8')), 'hex'), 'module'
+             FROM (SELECT 'features/some_feature/workflows/module_number_' || n || '.py' AS path,
+                          repeat('value = ' || n || E'\\n', 20) AS content FROM generate_series(1, %s) n) modules""",
+        [count],
+    )
+
+
+def peak(deployment: Deployment, *arguments: str) -> float:
+    """Megabytes that the process of one warm needs at most."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "BIFROST_DATABASE_URL": deployment.database.url,
+        "BIFROST_REDIS_URL": deployment.settings.redis,
+    }
+    program = [sys.executable, "-c", WARM_ONCE, *arguments]
+    return float(subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_w05_memory_of_100000_modules(deployment: Deployment) -> None:
+    """A first fill of 100,000 modules, and a full warm of all of them, take at most 64 MB more than of 1,000."""
+    fill(deployment, 1000)
+    first, full = peak(deployment), peak(deployment, "full")
+    fill(deployment, 100_000)
+    deployment.client.flushdb()
+    assert peak(deployment) - first <= 64
+    assert peak(deployment, "full") - full <= 64
+    assert deployment.client.scard("bifrost:module:index") == 100_000
+
+
+def calls(deployment: Deployment) -> dict[str, int]:
+    """How often each command ran since the counters were reset."""
+    stats: dict[str, Any] = deployment.client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): int(facts["calls"]) for name, facts in stats.items()}
+
+
+def test_w05_only_changed_entries_are_switched(
+    deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis
+) -> None:
+    """With 5 of 1,000 modules changed the switch touches 5 entries, whatever else it leaves alone."""
+    deployment = deploy(start_server(RedisServer(run_folder)).url())
+    fill(deployment, 1000)
+    deployment.warm()
+    deployment.put({f"features/some_feature/workflows/module_number_{n}.py": "changed" for n in range(1, 6)})
+    deployment.client.config_resetstat()
+    assert deployment.warm().changed == 5
+    seen = calls(deployment)
+    assert (seen["rename"], seen["persist"]) == (5, 5)
+
+
+def test_w05_switch_blocks_redis_no_longer_than_its_work_takes(
+    deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis
+) -> None:
+    """By Redis' own slow log the switch of 10,000 entries takes no more than five times the commands alone would."""
+    deployment = deploy(start_server(RedisServer(run_folder, {"slowlog-log-slower-than": "1000"})).url())
+    client = deployment.client
+    fill(deployment, 10_000)
+    deployment.warm()
+
+    def longest(work: Callable[[], object]) -> float:
+        """Microseconds of the longest script; the least of three runs is the one that nobody disturbed."""
+        times = []
+        for _ in range(3):
+            client.slowlog_reset()
+            work()
+            times.append(max(entry["duration"] for entry in client.slowlog_get(100)))
+        return float(min(times))
+
+    # A tail, a check, a rename, a TTL and the index for each: five commands an entry.
+    commands = "for i = 1, 50000 do redis.call('GETRANGE', KEYS[1], -66, -1) end"
+    alone = longest(lambda: client.eval(commands, 1, "bifrost:bootstrap:marker"))
+    switch = longest(lambda: deployment.warm(full=True))
+    assert switch <= 5 * alone
+
+
+def test_w05_long_switch_is_told_before(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A switch that would block Redis for more than a second is warned about before, with its size."""
+    monkeypatch.setattr(warm, "LONG_SWITCH", 9 * warm.SWITCH_SECONDS)
+    deployment.put({f"{n}.py": "" for n in range(9)})
+    with caplog.at_level(logging.WARNING):
+        deployment.warm()
+        assert "block Redis" not in caplog.text
+        deployment.put({f"{n}.py": "x" for n in range(10)})
+        deployment.warm()
+    assert "the switch of 10 entries will block Redis" in caplog.text
+    assert json.loads(str(deployment.client.get("bifrost:bootstrap:marker").decode()))["modules"] == 10  # type: ignore[union-attr]

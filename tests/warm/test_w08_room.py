@@ -1,0 +1,120 @@
+"""W8: Redis that may evict, or has too little room, is warned about before; where it does not tell, that is noted."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bifrost_bootstrap.errors import WarmError
+from bifrost_bootstrap.warm import STAGING, SWITCHING
+from tests.servers import PLANTED_PASSWORD, RedisServer, RunFolder
+from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
+from tests.warm.conftest import NewDeployment
+from tests.warm.deployment import Deployment, at
+
+StartRedis = Callable[[RedisServer], RedisServer]
+
+
+@pytest.fixture
+def server(run_folder: RunFolder, start_server: StartRedis) -> RedisServer:
+    """A Redis with a limit of 100 MB."""
+    return start_server(RedisServer(run_folder, {"maxmemory": "100mb"}))
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What was logged so far."""
+    caplog.set_level(logging.INFO)
+    return lambda: caplog.text
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"), [("allkeys-lru", "entries and index"), ("volatile-ttl", "staged entries and those")]
+)
+def test_w08_policy_that_evicts(
+    deploy: NewDeployment, server: RedisServer, told: Callable[[], str], policy: str, words: str
+) -> None:
+    """The warning names server, policy and what may go, and comes before anything is staged."""
+    deployment = deploy(server.url())
+    deployment.client.config_set("maxmemory-policy", policy)
+    deployment.put({"a.py": "x"})
+    before: list[str] = []
+    deployment.warm(at(STAGING, lambda: before.append(told())))
+    assert f"may evict {words}" in before[0]
+    assert policy in before[0]
+    assert f"127.0.0.1:{server.port}" in before[0]
+
+
+def test_w08_no_warning_without_reason(deploy: NewDeployment, server: RedisServer, told: Callable[[], str]) -> None:
+    """A limit that is large enough, with noeviction, is no reason for a word."""
+    deployment = deploy(server.url())
+    deployment.put({f"{n}.py": "x" * 1000 for n in range(100)})
+    deployment.warm()
+    assert "evict" not in told()
+    assert "maxmemory" not in told()
+
+
+def test_w08_too_little_room(deploy: NewDeployment, server: RedisServer, told: Callable[[], str]) -> None:
+    """A warm that needs more than is left is told with both numbers before, and then fails by Redis' own refusal."""
+    deployment = deploy(server.url())
+    deployment.put({f"{n}.py": chr(97 + n % 26) * 3_000_000 for n in range(40)})
+    before: list[str] = []
+    with pytest.raises(WarmError, match="maxmemory"):
+        deployment.warm(at(STAGING, lambda: before.append(told())))
+    assert "this warm needs about 156.0 MB" in before[0]
+    assert "left below maxmemory" in before[0]
+
+
+def test_w08_estimate_is_no_less_than_what_is_used(deploy: NewDeployment, server: RedisServer) -> None:
+    """Small modules and large ones: the warm uses no more than the room that the warning is reckoned by."""
+    from bifrost_bootstrap.warm import ENTRY_BYTES, ENTRY_GROWTH
+
+    deployment = deploy(server.url())
+    lines = Path(inspect.getfile(subprocess)).read_text().splitlines(keepends=True)
+    modules = {f"pkg/module_{n}.py": "".join(lines[: n % 400]) for n in range(3000)}
+    deployment.put(modules)
+    used = deployment.client.info("memory")["used_memory_dataset"]
+    deployment.warm()
+    used = deployment.client.info("memory")["used_memory_dataset"] - used
+    estimate = sum(map(len, modules.values())) * ENTRY_GROWTH + ENTRY_BYTES * len(modules)
+    assert 0.6 * estimate < used <= estimate
+
+
+def test_w08_server_that_does_not_tell(deploy: NewDeployment, server: RedisServer, told: Callable[[], str]) -> None:
+    """A user without the right to INFO warms all the same; that it could not be asked is a note."""
+    with server.client() as admin:
+        admin.acl_setuser(
+            "few",
+            enabled=True,
+            passwords=[f"+{PLANTED_PASSWORD}"],
+            keys=["*"],
+            categories=["+@all"],
+            commands=["-info"],
+        )
+    deployment = deploy(server.url().replace(f":{PLANTED_PASSWORD_QUOTED}@", f"few:{PLANTED_PASSWORD_QUOTED}@"))
+    deployment.put({"a.py": "x"})
+    deployment.warm()
+    deployment.assert_exact()
+    assert "does not tell its memory" in told()
+
+
+def test_w08_staged_entry_evicted(deployment: Deployment) -> None:
+    """A staged entry that is gone at the switch: all of it is refused, and the error says why."""
+    deployment.put({f"{n}.py": "1" for n in range(5)})
+    deployment.warm()
+    before = deployment.module_keys()
+    deployment.put({f"{n}.py": "2" for n in range(5)})
+
+    def evict() -> None:
+        deployment.client.delete(next(key for key in deployment.own_keys() if key.endswith(b":3.py")))
+
+    with pytest.raises(WarmError, match=r"evicted before the switch.*3\.py"):
+        deployment.warm(at(SWITCHING, evict))
+    assert deployment.module_keys() == before
+    deployment.warm()
+    deployment.assert_exact()

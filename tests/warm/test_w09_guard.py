@@ -1,0 +1,196 @@
+"""W9: after the warm a standing worker notices what Redis has lost, and mends it; everybody else is left in peace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+
+from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
+from bifrost_bootstrap.cache_diff import CacheDiff
+from bifrost_bootstrap.guard import FULL_EVERY, TURN, Guard
+from bifrost_bootstrap.progress import held_key
+from tests.conftest import RunBootstrap, StartWorker
+from tests.servers.process import wait_until
+from tests.warm.deployment import ENTRY, INDEX, Deployment
+
+MODULES = {f"m{n}.py": f"x = {n}" for n in range(10)}
+#: Seconds until a real worker must have mended the cache, at an interval of one second.
+PATIENCE = 60.0
+
+
+class Watch:
+    """A guard that is looked through by hand: every look has its turn, and what it would send is counted."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.sent = 0
+        self.guard = Guard(deployment.settings, trees.load(deployment.settings), self._send)
+
+    def _send(self) -> None:
+        self.sent += 1
+
+    def look(self, times: int = 1) -> int:
+        """Look so often, each time in a turn of its own; how often the task was sent."""
+        before = self.sent
+        for _ in range(times):
+            self.deployment.client.delete(TURN)
+            self.guard.look()
+        return self.sent - before
+
+
+@pytest.fixture
+def watch(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """A guard over a warm cache of ten modules."""
+    monkeypatch.setattr(guards, "SECOND_LOOK", 0.01)
+    deployment.put(MODULES)
+    deployment.warm()
+    return Watch(deployment)
+
+
+@pytest.fixture
+def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled by each comparison of rows and cache."""
+    seen: list[str] = []
+    look = cache_diff.look
+
+    def counted(*arguments: Any) -> CacheDiff:
+        seen.append("compared")
+        return look(*arguments)
+
+    monkeypatch.setattr(cache_diff, "look", counted)
+    return seen
+
+
+def test_w09_nothing_to_say(watch: Watch, comparisons: list[str]) -> None:
+    """A cache that is as it was left is not warmed, and compared only now and then."""
+    assert watch.look(2 * FULL_EVERY) == 0
+    assert len(comparisons) == 2
+
+
+@pytest.mark.parametrize("loss", [lambda client: client.flushdb(), lambda client: client.delete(INDEX)])
+def test_w09_loss_of_all_is_seen_at_once(watch: Watch, loss: Callable[[redis.Redis], object]) -> None:
+    """Flushed, or without its index: the next look sends the task."""
+    loss(watch.deployment.client)
+    assert watch.look() == 1
+
+
+def test_w09_partial_loss_is_seen_in_time(watch: Watch) -> None:
+    """A lost entry whose path is still indexed does not show in any count: the full comparison finds it."""
+    watch.deployment.client.delete(ENTRY + b"m3.py")
+    assert watch.look(FULL_EVERY) == 1
+
+
+def test_w09_live_writers_are_no_loss(watch: Watch, comparisons: list[str]) -> None:
+    """A writer's module changes the count: compared once, and then taken for right."""
+    watch.deployment.api_write("new.py", "y")
+    watch.deployment.client.persist(ENTRY + b"new.py")
+    assert watch.look(4) == 0
+    assert len(comparisons) == 1
+
+
+def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference that the second look does not find any more was a writer at his work."""
+    deployment = watch.deployment
+    deployment.put({"new.py": "y"})
+    deployment.client.srem(INDEX, "m1.py")  # the count differs, so that it is compared
+    deployment.put({"m1.py": MODULES["m1.py"]})
+    look = cache_diff.look
+    looks: list[CacheDiff] = []
+
+    def then_write(*arguments: Any) -> CacheDiff:
+        diff = look(*arguments)
+        looks.append(diff)
+        deployment.api_set("new.py", "y")
+        deployment.client.persist(ENTRY + b"new.py")
+        deployment.client.sadd(INDEX, "m1.py")
+        return diff
+
+    monkeypatch.setattr(cache_diff, "look", then_write)
+    assert watch.look() == 0
+    assert len(looks) == 2
+    assert not looks[0].empty
+
+
+def test_w09_silent_while_somebody_works(watch: Watch) -> None:
+    """While a worker holds a task, or a migration holds its lock, nothing is sent; afterwards it is."""
+    deployment = watch.deployment
+    deployment.client.flushdb()
+    deployment.client.set(held_key(guards.ANY_TASK), "1")
+    assert watch.look() == 0
+    deployment.client.delete(held_key(guards.ANY_TASK))
+    with psycopg.connect(deployment.database.url) as runner:
+        runner.execute("SELECT pg_advisory_xact_lock(%s, %s)", (lock.LOCK_CLASS, lock.MIGRATION))
+        assert watch.look() == 0
+    assert watch.look() == 1
+
+
+def test_w09_silent_before_the_schema_is_ready(watch: Watch) -> None:
+    """A database that is behind is the init container's to mend."""
+    watch.deployment.client.flushdb()
+    watch.deployment.database.execute("UPDATE alembic_version SET version_num = '0001'")
+    assert watch.look() == 0
+
+
+def test_w09_one_guard_at_a_time(watch: Watch) -> None:
+    """Two guards on one Redis: in one turn one of them looks; a guard that died in its turn is followed by another."""
+    client = watch.deployment.client
+    client.flushdb()
+    other = Watch(watch.deployment)
+    watch.guard.look()
+    other.guard.look()
+    assert (watch.sent, other.sent) == (1, 0)
+    assert 0 < client.pttl(TURN) <= 1000 * watch.guard.interval
+
+
+def test_w09_never_past_the_brake(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where most of the cache would go nothing is sent, and the log says what would."""
+    monkeypatch.setattr(guards, "SECOND_LOOK", 0.01)
+    deployment.put({f"{n}.py": "" for n in range(30)})
+    deployment.warm()
+    deployment.database.execute("DELETE FROM workspace_files")
+    watch = Watch(deployment)
+    deployment.client.delete("bifrost:bootstrap:marker")
+    assert watch.look() == 0
+
+
+def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that cannot be reached ends a look, not the guard."""
+    settings = watch.deployment.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    guard = Guard(settings, trees.load(settings), lambda: pytest.fail("sent without having looked"))
+    caplog.set_level("INFO")
+    guard.look()
+    assert "guard: Redis 127.0.0.1:1/0" in caplog.text
+    assert watch.look() == 0
+
+
+def test_w09_standing_worker_mends_a_flush(
+    deployment: Deployment, bifrost_env: Mapping[str, str], start_worker: StartWorker, run_bootstrap: RunBootstrap
+) -> None:
+    """A real worker at an interval of a second: warmed by init, flushed, and complete again; `check` saw the loss."""
+    environment = {
+        **bifrost_env,
+        "BIFROST_DATABASE_URL": deployment.database.url,
+        "BIFROST_REDIS_URL": deployment.settings.redis,
+        "BIFROST_CACHE_GUARD_INTERVAL": "1s",
+    }
+    deployment.put(MODULES)
+    deployment.warm()
+    client = deployment.client
+    assert run_bootstrap("check", env=environment).returncode == 0
+    client.delete(ENTRY + b"m3.py")
+    partial = run_bootstrap("check", env=environment)
+    assert (partial.returncode, "1 changed" in partial.stdout) == (3, True)
+    client.flushdb()
+    assert run_bootstrap("check", env=environment).returncode == 3
+    worker = start_worker(env=environment)
+    for _ in range(2):
+        wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)
+        wait_until(lambda: not client.exists(held_key(guards.ANY_TASK)), "the task to be let go", PATIENCE)
+        deployment.assert_exact()
+        client.flushdb()
+    wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)
+    assert "guard: the module cache differs (10 added)" in worker.stderr.read_text()
