@@ -21,6 +21,8 @@ def upgrade():
     if (folder / "fail").exists():
         op.execute("SELECT 1 / 0 AS of_this_test")
     if (folder / "poison").exists():
+        with (folder / "poisoned").open("a") as count:
+            count.write("once\n")
         os.kill(os.getppid(), signal.SIGKILL)
         op.execute("SELECT pg_sleep(60)")
     op.execute("INSERT INTO workspace_files (path, content) SELECT 'new/' || n, 'two' FROM generate_series(1, 50) n")
