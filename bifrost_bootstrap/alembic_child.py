@@ -18,6 +18,7 @@ and begins with a comment (`tag`), by which the next holder finds it.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -262,6 +263,24 @@ class Runner:
         self.revision = self.title = ""
 
 
+def pending_sql(config: Config, script: ScriptDirectory, heads: list[str]) -> str:
+    """What an upgrade from these heads would run; nothing is run, and where env.py connects, nothing can be written."""
+    from alembic.runtime.environment import EnvironmentContext
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY").close())
+    config.output_buffer = io.StringIO()
+
+    def steps(found: Any, _context: MigrationContext) -> Any:
+        return script._upgrade_revs("heads", found)
+
+    options: dict[str, Any] = {"as_sql": True, "starting_rev": heads or None, "destination_rev": "heads"}
+    with EnvironmentContext(config, script, fn=steps, **options):
+        script.run_env()
+    return config.output_buffer.getvalue()
+
+
 def describe(revision: Any) -> dict[str, Any]:
     return {
         "revision": revision.revision,
@@ -318,6 +337,8 @@ def main() -> NoReturn:
         script = ScriptDirectory.from_config(config)
         if request["mode"] == "describe":
             events.send("tree", revisions=[describe(revision) for revision in script.walk_revisions()])
+        elif request["mode"] == "sql":
+            events.send("sql", sql=pending_sql(config, script, request["heads"]))
         else:
             end_with_parent()
             runner = Runner(request, config, script, events)

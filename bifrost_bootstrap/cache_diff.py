@@ -27,6 +27,8 @@ _COMPUTED_HASH: LiteralString = "encode(sha256(convert_to(content, 'UTF8')), 'he
 _HASH_DIGITS, _DIGITS = 64, "0123456789abcdef"
 #: The kinds of difference, each a list of paths in `CacheDiff`.
 KINDS = ("added", "changed", "removed", "expiring")
+#: Paths of each kind that a report names.
+NAMED_PATHS = 10
 #: Rows fetched at once, and paths asked for in one query.
 _ROWS_A_FETCH, _PATHS_A_QUERY = 5000, 1000
 #: The brake: a warm that removes more entries than this, and more than this share of the index, stops.
@@ -70,6 +72,15 @@ class CacheDiff:
         """The part of the difference that is about these paths."""
         kinds: dict[str, Any] = {kind: [path for path in getattr(self, kind) if path in paths] for kind in KINDS}
         return replace(self, **kinds, compared={path: self.compared[path] for path in paths})
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: counts, the first paths of each kind, and all rows that cannot be cached."""
+        facts: dict[str, Any] = {}
+        for kind in KINDS:
+            paths = getattr(self, kind)
+            facts[kind] = len(paths)
+            facts[f"{kind}_paths"] = [path.decode(errors="replace") for path in paths[:NAMED_PATHS]]
+        return facts | {"odd": [{"path": path, "reason": reason} for path, reason in self.odd]}
 
     def summary(self) -> str:
         """`3 added, 1 removed`; "no difference" where it is empty."""

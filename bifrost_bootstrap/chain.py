@@ -19,6 +19,7 @@ from bifrost_bootstrap.errors import RefusedError, UnavailableError, masked, reb
 from bifrost_bootstrap.progress import (
     DEADLINE_HEADER,
     WANTED_HEADER,
+    Progress,
     held_key,
     progress_key,
     wanted_key,
@@ -142,26 +143,19 @@ def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:
 def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> TaskState:
     fields = json.loads(meta) if meta else {}
     status, result = fields.get("status", "PENDING"), fields.get("result")
-    note = _note(json.loads(progress)) if progress else ""
+    last = Progress(**json.loads(progress)) if progress else None
     if status in ("FAILURE", "REVOKED") and isinstance(result, dict):
         name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
         arguments = arguments if isinstance(arguments, list) else [arguments]
         error = rebuild(name, arguments)
         if name in _LOST:
-            return TaskState(status, note=note, lost=_LOST[name])
+            return TaskState(status, lost=_LOST[name])
         if name in _UNDONE:
-            return TaskState(
-                status, note=note, undone=str(error) if isinstance(error, UnavailableError) else _UNDONE[name]
-            )
-        return TaskState(status, note=note, error=error)
+            return TaskState(status, undone=str(error) if isinstance(error, UnavailableError) else _UNDONE[name])
+        return TaskState(status, error=error)
     return TaskState(
         status,
         bool(held) and status != "SUCCESS",
-        note,
+        last,
         result=result if status == "SUCCESS" and isinstance(result, dict) else {},
     )
-
-
-def _note(progress: dict[str, Any]) -> str:
-    count = f" {progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress["total"] else ""
-    return f"{progress['step']}:{count}{' ' if progress['note'] else ''}{progress['note']}"

@@ -1,4 +1,4 @@
-"""The command line: arguments in, result on stdout, everything else on stderr, an exit code of the contract."""
+"""The command line: what each command takes, needs and does."""
 
 from __future__ import annotations
 
@@ -7,36 +7,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bifrost_bootstrap import __version__, logs, report, settings as environment
+from bifrost_bootstrap import __version__, logs, report, settings as environment, summary
+from bifrost_bootstrap.command import Outcome, Signalled, print_no_more, raise_on_signals, run_command
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError, SettingsError, UnavailableError, masked
+from bifrost_bootstrap.errors import ExitCode, UnavailableError, UsageError
 from bifrost_bootstrap.settings import Need, Settings, duration
 
 if TYPE_CHECKING:
     from bifrost_bootstrap.init import Wanted
 
 logger = logging.getLogger("bifrost_bootstrap")
-
-#: Seconds in which a signal must have ended a command by itself.
-SIGNAL_GRACE = 5.0
-
-Outcome = tuple[ExitCode, str, dict[str, Any]]
-
-
-class _Signalled(BaseException):
-    """SIGTERM or SIGINT arrived. Argument: its exit code."""
-
-    def __init__(self, code: ExitCode) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 def run(arguments: list[str]) -> int:
@@ -45,7 +31,7 @@ def run(arguments: list[str]) -> int:
     logs.configure(telling.log_format, telling.log_level)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=report.UNPRINTABLE)
-    _raise_on_signals()
+    raise_on_signals()
     stdout = sys.stdout
     try:
         return int(main.main(arguments, prog_name="bifrost-bootstrap", standalone_mode=False) or 0)
@@ -54,7 +40,7 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show(sys.stderr)
         return int(ExitCode.USAGE)
-    except _Signalled as signalled:
+    except Signalled as signalled:
         return int(signalled.code)
     except (click.Abort, KeyboardInterrupt):
         return int(ExitCode.SIGINT)
@@ -62,27 +48,12 @@ def run(arguments: list[str]) -> int:
         if sys.stdout is not stdout:
             # click's way out of a help text that nobody reads: it wraps stdout and leaves with 1.
             sys.stdout = stdout
-            _print_no_more()
+            print_no_more()
             return int(ExitCode.OK)
         # Only a worker that cannot begin leaves so, with a code of the contract.
         return leaving.code if isinstance(leaving.code, int) and leaving.code in set(ExitCode) else int(ExitCode.BUG)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _raise_on_signals() -> None:
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        # A second one must not interrupt the clean-up of the first.
-        for one in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(one, signal.SIG_IGN)
-        code = ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT
-        # Python swallows what is raised in a destructor or a callback of a library: end all the same.
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
-        signal.setitimer(signal.ITIMER_REAL, SIGNAL_GRACE)
-        raise _Signalled(code)
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
 
 
 class DurationType(click.ParamType[float]):
@@ -95,6 +66,19 @@ class DurationType(click.ParamType[float]):
             return duration(value)
         except ValueError as error:
             self.fail(f"{value!r} {error}", param, ctx)
+
+
+#: Codes that any command may end in.
+_ALWAYS = (64, 70, 78, 130, 143)
+
+
+def _more_help(examples: dict[str, str], *codes: int, ok: str = ExitCode.OK.meaning) -> str:
+    """What follows the options in `--help`: worked examples and the command's exit codes."""
+    shown = [line for command, why in examples.items() for line in (f"  # {why}", f"  {command}")]
+    meanings = {code: ExitCode(code).meaning for code in sorted((*codes, *_ALWAYS))}
+    table = [f"  {code:<4} {meaning}" for code, meaning in ({0: ok} | meanings).items()]
+    # click fills paragraphs anew, but for those that begin with this character.
+    return "\n".join(["\b", "Examples:", *shown, "", "\b", "Exit codes:", *table])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,7 +98,15 @@ _allow_shrink_option = click.option(
 )
 
 
-@main.command()
+@main.command(
+    epilog=_more_help(
+        {
+            "bifrost-bootstrap init --timeout 5m": "the init container beside a standing bootstrap worker",
+            "bifrost-bootstrap init --with-worker --json": "in front of a rolling Deployment: it brings its own worker",
+        },
+        *(1, 2, 69, 75, 124),
+    )
+)
 @_timeout_option
 @click.option("--with-worker", is_flag=True, help="Bring a bootstrap worker along for as long as init runs.")
 @click.option("--embedded", is_flag=True, help="Run on private throw-away servers; every URL is ignored.")
@@ -128,13 +120,20 @@ def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink:
             _start_embedded(stack)
         from bifrost_bootstrap.init import Wanted
 
-        settings = _load("database", "redis", "rabbitmq", "tree")
-        return _init(settings, timeout, Wanted(allow_shrink=allow_shrink), with_worker=with_worker or embedded)
+        return _init(stack, timeout, Wanted(allow_shrink=allow_shrink), with_worker=with_worker or embedded)
 
-    return _command("init", as_json, work, on_signal="work that a bootstrap worker has begun goes on")
+    return run_command("init", as_json, work, on_signal="work that a bootstrap worker has begun goes on")
 
 
-@main.command()
+@main.command(
+    epilog=_more_help(
+        {
+            "bifrost-bootstrap rewarm": "after rows were changed behind the platform's back",
+            "bifrost-bootstrap rewarm --full": "rewrite every entry, whatever the hashes say",
+        },
+        *(1, 2, 69, 75, 124),
+    )
+)
 @_timeout_option
 @click.option("--full", is_flag=True, help="Trust no hash: rewrite every entry.")
 @_allow_shrink_option
@@ -142,17 +141,23 @@ def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink:
 def rewarm(timeout: float | None, full: bool, allow_shrink: bool, as_json: bool) -> int:
     """Warm the module cache again, through a bootstrap worker, and wait for it like init."""
 
-    def work(_stack: ExitStack) -> Outcome:
+    def work(stack: ExitStack) -> Outcome:
         from bifrost_bootstrap.init import Wanted
 
-        settings = _load("database", "redis", "rabbitmq", "tree")
-        wanted = Wanted(migrate=False, full=full, allow_shrink=allow_shrink)
-        return _init(settings, timeout, wanted, with_worker=False)
+        return _init(stack, timeout, Wanted(migrate=False, full=full, allow_shrink=allow_shrink), with_worker=False)
 
-    return _command("rewarm", as_json, work, on_signal="a warm that a bootstrap worker has begun goes on")
+    return run_command("rewarm", as_json, work, on_signal="a warm that a bootstrap worker has begun goes on")
 
 
-@main.command()
+@main.command(
+    epilog=_more_help(
+        {
+            "bifrost-bootstrap check": "what is ready, and what is missing",
+            "bifrost-bootstrap check --wait 10m": "the init container of a pod that only waits",
+        },
+        *(1, 3, 69),
+    )
+)
 @click.option("--wait", type=DurationType(), help="Wait up to this long until everything is ready.")
 @_json_option
 def check(wait: float | None, as_json: bool) -> int:
@@ -160,16 +165,54 @@ def check(wait: float | None, as_json: bool) -> int:
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "tree")
-        from bifrost_bootstrap import readiness, tree
+        from bifrost_bootstrap import readiness, surroundings, tree as trees
 
-        found = readiness.wait_until_ready(settings, tree.load(settings), Deadline(wait or 0))
-        code = ExitCode.OK if found.ready else ExitCode.NOT_READY
-        return code, report.of_check(found), {**found.to_dict(), "message": found.missing() or "ready"}
+        tree = trees.load(settings)
+        found = readiness.wait_until_ready(settings, tree, Deadline(wait or 0))
+        around = surroundings.look(settings, tree)
+        shown = summary.of_check(found, around)
+        facts = {**found.to_dict(), "surroundings": around.to_dict(), "message": found.missing() or "ready"}
+        return Outcome(ExitCode.OK if found.ready else ExitCode.NOT_READY, shown, facts)
 
-    return _command("check", as_json, work)
+    return run_command("check", as_json, work)
 
 
-@main.command()
+@main.command(
+    epilog=_more_help(
+        {
+            "bifrost-bootstrap plan": "before a deploy: what would init do?",
+            "bifrost-bootstrap plan --sql": "for whoever reviews the migration",
+        },
+        *(1, 69),
+        ok="it is told, whether or not something is pending",
+    )
+)
+@click.option("--sql", "with_sql", is_flag=True, help="Print the SQL of the pending revisions too.")
+@_json_option
+def plan(with_sql: bool, as_json: bool) -> int:
+    """Say what an init would do: pending revisions, and what a warm would add, change and remove. Changes nothing."""
+
+    def work(_stack: ExitStack) -> Outcome:
+        settings = _load("database", "redis", "tree")
+        from bifrost_bootstrap import plan as plans, tree as trees
+
+        found = plans.plan(settings, trees.load(settings), with_sql=with_sql)
+        facts = {**found.to_dict(), "message": found.headline}
+        return Outcome(ExitCode.OK, summary.of_plan(found), facts, text=found.sql)
+
+    return run_command("plan", as_json, work)
+
+
+@main.command(
+    epilog=_more_help(
+        {
+            "bifrost-bootstrap worker": "a standing bootstrap worker",
+            "BIFROST_WORKER_HEALTH_FILE=/tmp/alive bifrost-bootstrap worker": "with a file for a health check",
+        },
+        69,
+        ok="it was told to stop",
+    )
+)
 def worker() -> int:
     """Run a bootstrap worker: it consumes the calls by hand and the chains of its own tree."""
 
@@ -186,12 +229,21 @@ def worker() -> int:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         if code := worker.run(settings):
             raise UnavailableError(chain.described(), f"Celery's worker ended with {code}")
-        return ExitCode.OK, "", {}
+        return Outcome(ExitCode.OK)
 
-    return _command("worker", False, work)
+    return run_command("worker", False, work)
 
 
-@main.command()
+@main.command(
+    epilog=_more_help(
+        {
+            "bifrost-bootstrap load ./modules": "name the target, write nothing",
+            "bifrost-bootstrap load ./modules --yes": "write",
+        },
+        *(2, 69),
+        ok="the files are rows",
+    )
+)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--yes", is_flag=True, help="Really write to that database.")
 @_json_option
@@ -203,67 +255,32 @@ def load(folder: Path, yes: bool, as_json: bool) -> int:
         from bifrost_bootstrap.load import load
 
         if not yes:
-            raise SettingsError([f"load would write to {settings.database}; say --yes if that is meant"])
+            raise UsageError(f"load would write to {settings.database}; say --yes if that is meant")
         result = load(settings.database, folder)
-        return ExitCode.OK, report.of_load(result, str(settings.database)), result.to_dict()
+        return Outcome(ExitCode.OK, summary.of_load(result, str(settings.database)), result.to_dict())
 
-    return _command("load", as_json, work)
+    return run_command("load", as_json, work)
 
 
-def _init(settings: Settings, timeout: float | None, wanted: Wanted, *, with_worker: bool) -> Outcome:
+def _init(stack: ExitStack, timeout: float | None, wanted: Wanted, *, with_worker: bool) -> Outcome:
     from bifrost_bootstrap.init import init
 
+    settings = _load("database", "redis", "rabbitmq", "tree")
     deadline = Deadline(settings.init_timeout if timeout is None else timeout)
-    done = init(settings, deadline, wanted, with_worker=with_worker)
-    return ExitCode.OK, report.of_init(done), done.to_dict()
+    options: dict[str, Any] = {}
+    # A worker of our own writes to the same terminal, past the bar.
+    if sys.stderr.isatty() and settings.log_format == "text" and not with_worker:
+        from bifrost_bootstrap import terminal
+
+        options["report"] = stack.enter_context(terminal.bar())
+    done = init(settings, deadline, wanted, with_worker=with_worker, **options)
+    return Outcome(ExitCode.OK, summary.of_init(done), done.to_dict())
 
 
 def _load(*needs: Need) -> Settings:
     settings = environment.load(needs)
     logs.configure(settings.log_format, settings.log_level)
     return settings
-
-
-def _command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], on_signal: str = "") -> int:
-    """Run the work of one command and tell its outcome: stdout, last line, termination message, exit code."""
-    try:
-        with ExitStack() as stack:
-            code, text, facts = work(stack)
-        message = facts.get("message") or text.splitlines()[0] if text else ""
-    except BootstrapError as error:
-        code, text, facts = error.exit_code, "", report.error_facts(error)
-        message = f"{error}\n  what to do: {error.remedy}" if error.remedy else str(error)
-    except _Signalled as signalled:
-        code, text, facts = signalled.code, "", {"message": on_signal}
-        message = f"ended by {code.name}{'; ' if on_signal else ''}{on_signal}"
-    except Exception as error:
-        bug = InternalError(masked(f"{type(error).__name__}: {error}"))
-        code, text, facts = bug.exit_code, "", report.error_facts(bug)
-        message = f"{bug}; {bug.remedy}"
-        logger.exception("unexpected error")
-    output = report.json_object(name, code, facts) if as_json else masked(text)
-    try:
-        if output:
-            click.echo(output)
-    except BrokenPipeError:
-        _print_no_more()
-    _tell_kubernetes(name, code, facts)
-    level = logging.INFO if code is ExitCode.OK else logging.ERROR
-    if message:
-        logger.log(level, "%s: %s (exit %d)", name, message, code)
-    return int(code)
-
-
-def _print_no_more() -> None:
-    """Whoever read our output has gone; the exit code is all that is left to say."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _tell_kubernetes(name: str, code: ExitCode, facts: dict[str, Any]) -> None:
-    try:
-        report.write_termination_message(environment.load_telling().termination_log, name, code, facts)
-    except OSError as error:
-        logger.debug("no termination message: %s", error)
 
 
 def _start_embedded(stack: ExitStack) -> None:

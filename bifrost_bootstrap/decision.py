@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bifrost_bootstrap.errors import BootstrapError, MigrateGivenUpError, WarmGivenUpError
+from bifrost_bootstrap.progress import Progress
 
 #: Runs of a step that may be lost with their worker before it is given up.
 MOST_ATTEMPTS = 3
@@ -27,14 +28,14 @@ class TaskState:
     """
     One task, from the result backend.
 
-    status: Celery's word; "PENDING" also where nothing is known. held: a living worker has it. note: its last
-    progress in words. error: it failed by itself. lost: its worker was lost with it, and how. undone: it ended
+    status: Celery's word; "PENDING" also where nothing is known. held: a living worker has it. progress: its
+    last one. error: it failed by itself. lost: its worker was lost with it, and how. undone: it ended
     without having done anything, for a reason that passes: a server was away, nobody wanted it any more.
     """
 
     status: str = "PENDING"
     held: bool = False
-    note: str = ""
+    progress: Progress | None = None
     error: BootstrapError | None = None
     lost: str = ""
     undone: str = ""
@@ -72,6 +73,11 @@ class Observation:
     holder: str = ""
     queued: int | None = None
     consumers: int | None = None
+
+    @property
+    def progress(self) -> Progress | None:
+        """Of the step that is at work, or was the last."""
+        return self.warm.progress or self.migrate.progress
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def _ended(seen: Observation) -> Decision | None:
 def _going_on(seen: Observation) -> Decision:
     """Nothing has ended. Somebody is at it, or a message is on its way, or it was lost."""
     if seen.migrate.held or seen.warm.held:
-        return Wait(seen.warm.note or seen.migrate.note or _where(seen))
+        return Wait(seen.progress.what if seen.progress else _where(seen))
     if seen.silent < SILENCE:
         return Wait(_where(seen))
     if seen.holder:

@@ -2,6 +2,7 @@
 Every error of this program, with the exit code it ends in.
 
     BootstrapError
+    ├── UsageError                64  a command was not told what it needs
     ├── SettingsError             78  a setting is missing or malformed; all faults at once
     ├── RefusedError              78  a server refuses us: password, database, rights
     ├── WrongDatabaseError        78  env.py migrates another database than the one that is locked
@@ -36,20 +37,28 @@ from urllib.parse import quote, unquote
 
 
 class ExitCode(IntEnum):
-    """The exit codes of the contract; nothing else may end the program."""
+    """The exit codes of the contract, each with its meaning; nothing else may end the program."""
 
-    OK = 0
-    MIGRATION = 1
-    WARM = 2
-    NOT_READY = 3
-    USAGE = 64
-    UNAVAILABLE = 69
-    BUG = 70
-    BUSY = 75
-    CONFIGURATION = 78
-    DEADLINE = 124
-    SIGINT = 130
-    SIGTERM = 143
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str = "") -> ExitCode:
+        code = int.__new__(cls, value)
+        code._value_ = value
+        code.meaning = meaning
+        return code
+
+    OK = 0, "schema at head, cache complete"
+    MIGRATION = 1, "a migration failed, or the schema cannot be brought to this image's head"
+    WARM = 2, "warming failed"
+    NOT_READY = 3, "not ready, and the output says what is missing"
+    USAGE = 64, "wrong usage"
+    UNAVAILABLE = 69, "a server, or a bootstrap worker, was not there in time"
+    BUG = 70, "a bug in this program"
+    BUSY = 75, "busy until the deadline: the migration lock, or a table lock"
+    CONFIGURATION = 78, "configuration"
+    DEADLINE = 124, "the deadline passed while our work was queued or running"
+    SIGINT = 130, "SIGINT"
+    SIGTERM = 143, "SIGTERM"
 
 
 class BootstrapError(Exception):
@@ -77,6 +86,14 @@ class BootstrapError(Exception):
     def remedy(self) -> str:
         """What the operator does next; empty where the message already says it."""
         return self.advice.format(**vars(self))
+
+
+class UsageError(BootstrapError):
+    """The command line says too little."""
+
+    exit_code = ExitCode.USAGE
+    facts = ("what",)
+    text = "{what}"
 
 
 class SettingsError(BootstrapError):

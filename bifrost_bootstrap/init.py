@@ -25,6 +25,7 @@ from bifrost_bootstrap.errors import (
     UnavailableError,
     WarmError,
 )
+from bifrost_bootstrap.progress import Report
 from bifrost_bootstrap.readiness import Readiness
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -76,21 +77,29 @@ class Wanted:
     allow_shrink: bool = False
 
 
-def init(settings: Settings, deadline: Deadline, wanted: Wanted, *, with_worker: bool) -> InitReport:
+def init(
+    settings: Settings,
+    deadline: Deadline,
+    wanted: Wanted,
+    *,
+    with_worker: bool,
+    report: Report = lambda _progress: None,
+) -> InitReport:
     """
     Run to readiness or raise the error that says why not.
 
-    with_worker: start a bootstrap worker on a queue of its own for as long as this takes. Safe to be run by any
+    with_worker: start a bootstrap worker on a queue of its own for as long as this takes. report: hears the progress
+    of the steps. Safe to be run by any
     number of replicas, and to be killed at any instant.
     """
     try:
         with deadline.enforced(GRACE):
-            return _init(settings, deadline, wanted, with_worker=with_worker)
+            return _init(settings, deadline, wanted, report, with_worker=with_worker)
     except Overrun:
         raise DeadlineError("an operation did not return", deadline.seconds) from None
 
 
-def _init(settings: Settings, deadline: Deadline, wanted: Wanted, *, with_worker: bool) -> InitReport:
+def _init(settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, *, with_worker: bool) -> InitReport:
     tree = trees.load(settings)
     logger.info("tree %s (%s), heads %s", tree.config, tree.why, ", ".join(tree.heads) or "none")
     truth = _glance(settings, tree)
@@ -108,8 +117,8 @@ def _init(settings: Settings, deadline: Deadline, wanted: Wanted, *, with_worker
     with ExitStack() as stack:
         worker = stack.enter_context(OwnWorker(queue)) if with_worker else None
         ensure_worker = worker.ensure_running if worker else None
-        report = _Init(settings, tree, deadline, wanted, worker.queue if worker else queue, ensure_worker, truth)
-        return report.run(waited)
+        queue = worker.queue if worker else queue
+        return _Init(settings, tree, deadline, wanted, queue, ensure_worker, truth, report).run(waited)
 
 
 def _glance(settings: Settings, tree: Tree) -> Readiness | None:
@@ -138,7 +147,7 @@ class _Init:
 
     def __init__(
         self, settings: Settings, tree: Tree, deadline: Deadline, wanted: Wanted, queue: str,
-        ensure_worker: Callable[[], None] | None, truth: Readiness | None,
+        ensure_worker: Callable[[], None] | None, truth: Readiness | None, report: Report,
     ) -> None:  # fmt: skip
         from bifrost_bootstrap.observer import Observer
 
@@ -147,6 +156,7 @@ class _Init:
         self.observer: Observer = Observer(settings, tree, queue, own_worker=ensure_worker is not None, truth=truth)
         self.losses = 0
         self.note, self.said = "", Deadline(0)
+        self.report = report
 
     def run(self, waited: list[Waited]) -> InitReport:
         while True:
@@ -157,6 +167,8 @@ class _Init:
                 # A re-warm was asked for: that the cache was ready before it is no reason to leave it out.
                 seen = replace(seen, ready=False)
             decision = decide(seen)
+            if seen.progress:
+                self.report(seen.progress)
             self._say(decision, seen)
             match decision:
                 case Succeed():
@@ -197,7 +209,8 @@ class _Init:
         if note == self.note and not self.said.passed:
             return
         self.note, self.said = note, Deadline(SAY_AGAIN)
-        logger.info("%s (%.0fs of %.0fs)", note, self.deadline.elapsed, self.deadline.seconds)
+        how_far = str(seen.progress) if seen.progress and seen.progress.what == note else note
+        logger.info("%s (%.0fs of %.0fs)", how_far, self.deadline.elapsed, self.deadline.seconds)
         if seen.consumers == 0 and seen.sent and not (seen.taken or seen.away):
             missing = NoWorkerError(self.queue)
             logger.warning("%s; %s", missing, missing.remedy)

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 from bifrost_bootstrap.errors import masked
 
@@ -47,9 +48,20 @@ class JsonFormatter(logging.Formatter):
         return masked(json.dumps(event, default=str, ensure_ascii=False))
 
 
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what `sys.stderr` is at that moment: a progress bar puts itself before it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
 def configure(log_format: str, level: str) -> None:
     """Send every logger of this process to stderr. `log_format`: "text" or "json". May be called again."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(capture=True)

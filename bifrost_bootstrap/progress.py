@@ -22,6 +22,15 @@ class Progress:
     unit: str = ""
     note: str = ""
 
+    def __str__(self) -> str:
+        count = f"{self.done:,} of {self.total:,} {self.unit}" if self.total else ""
+        return f"{self.step}: {', '.join(filter(None, (count, self.note)))}"
+
+    @property
+    def what(self) -> str:
+        """What is going on, without how far it is."""
+        return f"{self.step}: {self.note or self.unit}"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

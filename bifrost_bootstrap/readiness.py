@@ -17,8 +17,6 @@ from bifrost_bootstrap.tree import Tree
 
 logger = logging.getLogger(__name__)
 
-#: Paths of each kind that a report names.
-NAMED_PATHS = 10
 #: Seconds from a first look that found a difference to the second, and between looks that wait.
 SECOND_LOOK, LOOK_PAUSE = 0.2, 1.0
 #: Seconds between two log lines that say the same.
@@ -52,20 +50,8 @@ class Readiness:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        schema = {
-            "verdict": self.schema.verdict,
-            "heads": list(self.schema.heads),
-            "database_heads": list(self.schema.database_heads),
-            "pending": [{"revision": item.revision, "title": item.title} for item in self.schema.pending],
-        }
-        cache: dict[str, Any] = {"modules": self.modules}
-        if self.diff is not None:
-            for kind in ("added", "changed", "removed", "expiring"):
-                paths = getattr(self.diff, kind)
-                cache[kind] = len(paths)
-                cache[f"{kind}_paths"] = [path.decode(errors="replace") for path in paths[:NAMED_PATHS]]
-            cache["odd"] = [{"path": path, "reason": reason} for path, reason in self.diff.odd]
-        return {"ready": self.ready, "schema_state": schema, "module_cache": cache}
+        cache = {"modules": self.modules} | (self.diff.to_dict() if self.diff else {})
+        return {"ready": self.ready, "schema_state": self.schema.to_dict(), "module_cache": cache}
 
     def missing(self) -> str:
         """What is not ready, in one sentence; empty where everything is."""

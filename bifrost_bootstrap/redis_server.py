@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,31 +62,63 @@ def translated(url: str) -> Iterator[None]:
         raise WarmError(f"{server} says: {masked(str(error))}") from error
 
 
+@dataclass(frozen=True)
+class ServerFacts:
+    """
+    What a server tells of itself.
+
+    cluster: one of Redis Cluster. primary: `host:port` where it is a read-only replica, else "". used, limit: bytes,
+    limit 0 where there is none. policy: what is evicted at the limit, in Redis' own word.
+    """
+
+    cluster: bool
+    primary: str
+    used: int
+    limit: int
+    policy: str
+
+    @property
+    def evicts(self) -> str:
+        """What of ours may be evicted, in words; "" where nothing is."""
+        if not self.limit or self.policy == "noeviction":
+            return ""
+        everything = self.policy.startswith("allkeys")
+        return "entries and index" if everything else "staged entries and those with a time to live"
+
+
+def facts(client: redis.Redis) -> ServerFacts | None:
+    """What the server tells of itself; None where this user may not ask."""
+    try:
+        told: dict[str, Any] = dict(client.info())
+    except (redis.exceptions.NoPermissionError, redis.ResponseError) as error:
+        logger.debug("INFO: %s", masked(str(error)))
+        return None
+    return ServerFacts(
+        cluster=told.get("redis_mode") == "cluster" or told.get("cluster_enabled") == 1,
+        primary=f"{told.get('master_host')}:{told.get('master_port')}" if told.get("role") == "slave" else "",
+        used=int(told.get("used_memory", 0)),
+        limit=int(told.get("maxmemory", 0)),
+        policy=str(told.get("maxmemory_policy", "noeviction")),
+    )
+
+
 def room_for_writing(client: redis.Redis, url: str) -> int | None:
     """
     Bytes left below `maxmemory`; None where there is no limit, or this user may not ask.
 
     Warns of a policy that may evict what we write. Raises WarmError for a replica and a cluster.
     """
-    server = described(url)
-    try:
-        facts: dict[str, Any] = dict(client.info())
-    except (redis.exceptions.NoPermissionError, redis.ResponseError) as error:
-        logger.info("%s does not tell its memory: %s", server, masked(str(error)))
+    server, found = described(url), facts(client)
+    if found is None:
+        logger.info("%s does not tell its memory to this user", server)
         return None
-    if facts.get("redis_mode") == "cluster" or facts.get("cluster_enabled") == 1:
+    if found.cluster:
         raise WarmError(f"{server} is a Redis Cluster; the switch needs one server (or Sentinel's primary)")
-    if facts.get("role") == "slave":
-        primary = f"{facts.get('master_host')}:{facts.get('master_port')}"
-        raise WarmError(f"{server} is a read-only replica of {primary}; BIFROST_REDIS_URL must name the primary")
-    limit = int(facts.get("maxmemory", 0))
-    if not limit:
-        return None
-    policy = str(facts.get("maxmemory_policy", "noeviction"))
-    if policy != "noeviction":
-        what = "entries and index" if policy.startswith("allkeys") else "staged entries and those with a time to live"
-        logger.warning("%s may evict %s (maxmemory-policy %s); use noeviction", server, what, policy)
-    return limit - int(facts.get("used_memory", 0))
+    if found.primary:
+        raise WarmError(f"{server} is a read-only replica of {found.primary}; BIFROST_REDIS_URL must name the primary")
+    if found.evicts:
+        logger.warning("%s may evict %s (maxmemory-policy %s); use noeviction", server, found.evicts, found.policy)
+    return found.limit - found.used if found.limit else None
 
 
 def celery_url(url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from bifrost_bootstrap import postgres
 from bifrost_bootstrap.errors import SchemaError
@@ -26,6 +27,15 @@ class SchemaState:
     database_heads: tuple[str, ...]
     pending: tuple[Revision, ...] = ()
     ready: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "verdict": self.verdict,
+            "heads": list(self.heads),
+            "database_heads": list(self.database_heads),
+            "pending": [{"revision": item.revision, "title": item.title} for item in self.pending],
+        }
 
     def refusal(self) -> SchemaError | None:
         """Why no migration can bring this database to this tree's head, or None."""

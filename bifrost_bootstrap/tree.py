@@ -28,8 +28,8 @@ BUILTIN = Path(__file__).parent / "migrations" / "alembic.ini"
 CHILD = Path(__file__).parent / "alembic_child.py"
 #: Prefix of the queues on which the workers of one tree are asked.
 QUEUE = "bifrost.bootstrap"
-#: Seconds for the tree's Alembic to import and list its revisions; imports take 0.4 to 2 s.
-DESCRIBE_TIMEOUT = 60.0
+#: Seconds for the tree's Alembic to import and tell its revisions; imports take 0.4 to 2 s.
+ASK_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def load(settings: Settings) -> Tree:
     python = settings.alembic_python or sys.executable
     revisions = _read_source(config)
     if revisions is None:
-        revisions = _ask_alembic(config, python)
+        revisions = _described(config, python)
     return Tree(config, why, python, {revision.revision: revision for revision in revisions})
 
 
@@ -194,22 +194,32 @@ def _names(value: object) -> tuple[str, ...]:
     raise TypeError
 
 
-def _ask_alembic(config: Path, python: str) -> list[Revision]:
-    request = json.dumps({"mode": "describe", "config": str(config)}) + "\n"
+def ask_alembic(config: Path, python: str, request: Mapping[str, Any], **variables: str) -> dict[str, Any]:
+    """
+    The answer of the tree's own Alembic to one request, in its own process (`alembic_child.py`).
+
+    Where it fails, the answer has a `message` and nothing else that was asked for. variables: for its environment.
+    """
     try:
         child = subprocess.run(  # noqa: S603  (the operator's own interpreter)
             [python, str(CHILD)],
-            input=request, cwd=config.parent, env=environment.child_environment(),
-            capture_output=True, text=True, check=False, timeout=DESCRIBE_TIMEOUT,
+            input=json.dumps({"config": str(config), **request}) + "\n", cwd=config.parent,
+            env=environment.child_environment(**variables),
+            capture_output=True, text=True, check=False, timeout=ASK_TIMEOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise MigrationError("", "", "", f"{config} was not read within {DESCRIBE_TIMEOUT:.0f}s", "", []) from None
+        return {"message": f"no answer within {ASK_TIMEOUT:.0f}s"}
     except OSError as error:
         raise does_not_start(python, error) from error
     lines = child.stderr.splitlines() or [f"its interpreter ended with code {child.returncode}"]
-    answer = json.loads(child.stdout or "{}")
+    answer: dict[str, Any] = json.loads(child.stdout or "{}")
+    return {"message": lines[-1], **answer}
+
+
+def _described(config: Path, python: str) -> list[Revision]:
+    answer = ask_alembic(config, python, {"mode": "describe"})
     if "revisions" not in answer:
-        raise MigrationError("", "", "", f"{config} cannot be read: {answer.get('message', lines[-1])}", "", [])
+        raise MigrationError("", "", "", f"{config} cannot be read: {answer['message']}", "", [])
     return [
         Revision(
             item["revision"],

@@ -18,7 +18,7 @@ from bifrost_bootstrap import cli
 from bifrost_bootstrap.errors import ExitCode
 from tests.conftest import RunBootstrap, RunCommand
 
-COMMANDS = ("init", "rewarm", "check", "worker", "load")
+COMMANDS = ("init", "rewarm", "check", "plan", "worker", "load")
 #: The command as pip has installed it.
 INSTALLED = Path(sys.executable).with_name("bifrost-bootstrap")
 
@@ -96,6 +96,7 @@ def test_installed_command(command: list[str], run_command: RunCommand, clean_en
         (["rewarm"], ["DATABASE", "REDIS", "RABBITMQ"], []),
         (["worker"], ["DATABASE", "REDIS", "RABBITMQ"], []),
         (["check"], ["DATABASE", "REDIS"], ["RABBITMQ"]),
+        (["plan"], ["DATABASE", "REDIS"], ["RABBITMQ"]),
         (["load", "."], ["DATABASE"], ["REDIS", "RABBITMQ"]),
     ],
 )
@@ -113,7 +114,7 @@ def test_no_settings_is_78(
     assert ("BIFROST_ALEMBIC_CONFIG is not set" in lines[0]) is (arguments[0] != "load")
 
 
-@pytest.mark.parametrize("command", [["init"], ["check"], ["load", "."]], ids=str)
+@pytest.mark.parametrize("command", [["init"], ["check"], ["plan"], ["load", "."]], ids=str)
 def test_failure_as_json(command: list[str], run_bootstrap: RunBootstrap, clean_env: dict[str, str]) -> None:
     """With `--json` a failure is exactly one object on stdout, and its exit code is that of the process."""
     done = run_bootstrap(*command, "--json", env=clean_env)
@@ -160,7 +161,7 @@ def test_load_wants_yes(run_bootstrap: RunBootstrap, clean_env: dict[str, str], 
     """Without `--yes` it names the target, and writes nothing: it does not even connect."""
     env = clean_env | {"BIFROST_DATABASE_URL": "postgresql://u:hidden-word@db.example/platform"}
     done = run_bootstrap("load", str(tmp_path), env=env)
-    assert (done.returncode, done.stdout) == (78, "")
+    assert (done.returncode, done.stdout) == (64, "")
     assert "PostgreSQL db.example:5432/platform" in done.stderr
     assert "--yes" in done.stderr
     assert "hidden-word" not in done.stderr

@@ -29,6 +29,7 @@ from bifrost_bootstrap.errors import (
     WarmError,
     WarmGivenUpError,
 )
+from bifrost_bootstrap.progress import Progress
 
 REFUSAL = SchemaError("several_heads", "forked", "merge")
 FAILED_MIGRATE = MigrationError("0002", "t", "", "no", "", ["0001"])
@@ -114,8 +115,11 @@ def seen(base: Observation, **changes: Any) -> Observation:
         ),
         # A worker has it.
         (seen(SENT, migrate=HELD), Wait("migrate is about to start")),
-        (seen(SENT, migrate=TaskState(held=True, note="migrate: 1 of 2")), Wait("migrate: 1 of 2")),
-        (seen(SENT, migrate=DONE, warm=TaskState(held=True, note="warm: 10 of 20")), Wait("warm: 10 of 20")),
+        (seen(SENT, migrate=TaskState(held=True, progress=Progress("migrate", note="0001"))), Wait("migrate: 0001")),
+        (
+            seen(SENT, migrate=DONE, warm=TaskState(held=True, progress=Progress("warm", note="staging"))),
+            Wait("warm: staging"),
+        ),
         (seen(SENT, migrate=DONE, warm=HELD), Wait("warm is about to start")),
         (seen(SILENT, begun=True, migrate=STARTED), Wait("migrate is about to start")),
         # Its message is on the way.

@@ -18,3 +18,10 @@ def test_keys_are_ours_and_differ() -> None:
     keys = {progress_key("a"), held_key("a"), progress_key("b"), held_key("b")}
     assert len(keys) == 4
     assert all(key.startswith(b"bifrost:bootstrap:") for key in keys)
+
+
+def test_progress_in_words() -> None:
+    """What goes on, and how far it is where that is known."""
+    assert str(Progress("migrate", 1, 2, "revisions", "0002 Index")) == "migrate: 1 of 2 revisions, 0002 Index"
+    assert str(Progress("warm", note="comparing")) == Progress("warm", note="comparing").what == "warm: comparing"
+    assert Progress("warm", 1_000, 2_000, "modules", "staging").what == "warm: staging"

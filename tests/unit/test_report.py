@@ -10,18 +10,15 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bifrost_bootstrap import report
-from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.errors import BusyError, ExitCode, remember_secret
 from bifrost_bootstrap.init import InitReport
 from bifrost_bootstrap.load import LoadResult
 from bifrost_bootstrap.readiness import Readiness
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.tree import Revision
-from bifrost_bootstrap.waiting import Waited
 
-AT_HEAD = SchemaState("at_head", ("0002",), ("0002",), ready=True)
 BEHIND = SchemaState("behind", ("0002",), ("0001",), (Revision("0002", "Index the modules"),))
-READY = Readiness(AT_HEAD, CacheDiff(), None, 1200)
+READY = Readiness(BEHIND, None, None, 1200)
 
 
 def test_json_object_has_the_fields_of_the_contract() -> None:
@@ -40,10 +37,11 @@ def test_json_object_has_the_fields_of_the_contract() -> None:
 
 def test_verdicts_are_the_codes_in_words() -> None:
     """Every exit code has one word, and no two the same."""
-    words = {report.verdict(code) for code in ExitCode}
+    words = {report.verdict("init", code) for code in ExitCode}
     assert len(words) == len(ExitCode)
-    assert report.verdict(ExitCode.OK) == "ready"
-    assert report.verdict(ExitCode.DEADLINE) == "deadline"
+    assert report.verdict("check", ExitCode.OK) == "ready"
+    assert report.verdict("plan", ExitCode.OK) == "planned"
+    assert report.verdict("plan", ExitCode.DEADLINE) == "deadline"
 
 
 def test_no_fact_overwrites_what_the_contract_fixes() -> None:
@@ -90,74 +88,3 @@ def test_termination_message_fits(unit: str) -> None:
         file.unlink(missing_ok=True)
     assert len(written) <= report.TERMINATION_BYTES
     assert json.loads(written)["exit_code"] == 1
-
-
-def test_nothing_to_do_is_one_line() -> None:
-    """An init that found everything done says so in one line."""
-    text = report.of_init(InitReport(READY, 0.123, nothing_to_do=True))
-    assert text == "ready, nothing to do: schema at 0002, 1,200 modules cached (0.12s)"
-
-
-def test_summary_of_an_init() -> None:
-    """What was waited for, the revisions with titles and seconds, and what the warm did."""
-    applied = [
-        {"revision": "0001", "title": "Create", "seconds": 0.25},
-        {"revision": "0002", "title": "Index", "seconds": 2},
-    ]
-    migrate = {"revision_from": [], "revision_to": ["0002"], "applied": applied, "seconds": 2.5}
-    warm = {
-        "bytes": 2_500_000,
-        "seconds": 0.5,
-        "added": 1200,
-        "changed": 0,
-        "removed": 3,
-        "odd": [["index", "collides"]],
-    }
-    text = report.of_init(InitReport(READY, 4.0, False, [Waited("Redis h:1/0", 1.5)], migrate, warm))
-    assert text.splitlines() == [
-        "ready in 4.0s: schema at 0002, 1,200 modules cached",
-        "  waited    Redis h:1/0 1.5s",
-        "  migrated  2 revisions from an empty database in 2.5s",
-        "            0001  Create (0.25s)",
-        "            0002  Index (2.00s)",
-        "  warmed    2 MB in 0.5s: 1,200 added, 0 changed, 3 removed",
-        "  not cached  'index': collides",
-    ]
-
-
-def test_check_of_a_ready_deployment() -> None:
-    """Ready: both lines say so."""
-    assert report.of_check(READY).splitlines() == [
-        "schema  at head: database 0002, tree 0002",
-        "cache   1,200 modules indexed; no difference",
-    ]
-
-
-def test_check_names_what_is_missing() -> None:
-    """Pending revisions, differing paths (ten of each kind) and rows that cannot be cached are named."""
-    diff = CacheDiff(
-        added=[b"%d.py" % number for number in range(12)], removed=[b"a\nb.py"], odd=[("index", "collides")]
-    )
-    text = report.of_check(Readiness(AT_HEAD, diff, None, 1))
-    assert "cache   1 modules indexed; 12 added, 1 removed" in text
-    assert text.count("added '") == 10
-    assert "removed 'a\\nb.py'" in text
-    assert "odd 'index': collides" in text
-    assert "pending 0002  Index the modules" in report.of_check(Readiness(BEHIND))
-
-
-def test_check_of_a_schema_that_cannot_be_migrated() -> None:
-    """What stands in the way of a migration is told with its remedy."""
-    ahead = SchemaState("unknown_revision", ("0002",), ("9999",))
-    text = report.of_check(Readiness(ahead))
-    assert "9999, which this image does not have" in text
-    assert "BIFROST_ALLOW_AHEAD" in text
-
-
-def test_load_names_what_it_skipped() -> None:
-    """Counts, target, and each file that a row cannot hold with its reason."""
-    text = report.of_load(LoadResult(1003, 1002, [("a b.py", "holds a NUL byte")]), "PostgreSQL h:1/d")
-    assert text.splitlines() == [
-        "1,002 of 1,003 files written to PostgreSQL h:1/d",
-        "  skipped 'a b.py': holds a NUL byte",
-    ]

@@ -1,0 +1,122 @@
+"""Run the work of one command and tell its outcome: stdout, last line, termination message, exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import click
+
+from bifrost_bootstrap import report, settings as environment
+from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError, masked
+from bifrost_bootstrap.summary import Summary
+
+logger = logging.getLogger("bifrost_bootstrap")
+
+#: Seconds in which a signal must have ended a command by itself.
+SIGNAL_GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    How a command ended.
+
+    summary: for people, on stdout. facts: for `--json`. text: follows the summary on stdout, as it is. message: the
+    verdict in one line, default: the summary's headline.
+    """
+
+    code: ExitCode
+    summary: Summary | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    message: str = ""
+
+
+class Signalled(BaseException):
+    """SIGTERM or SIGINT arrived. Argument: its exit code."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def raise_on_signals() -> None:
+    """From now on SIGTERM and SIGINT raise Signalled, once; what does not end then within `SIGNAL_GRACE` is ended."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        # A second one must not interrupt the clean-up of the first.
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, signal.SIG_IGN)
+        code = ExitCode.SIGTERM if number == signal.SIGTERM else ExitCode.SIGINT
+        # Python swallows what is raised in a destructor or a callback of a library: end all the same.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+        signal.setitimer(signal.ITIMER_REAL, SIGNAL_GRACE)
+        raise Signalled(code)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+
+
+def run_command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], on_signal: str = "") -> int:
+    """
+    The exit code of `work`, after its outcome has been told. Nothing of it is raised.
+
+    on_signal: what a reader should know when the command is ended from outside.
+    """
+    try:
+        with ExitStack() as stack:
+            outcome = work(stack)
+    except BootstrapError as error:
+        message = f"{error}\n  what to do: {error.remedy}" if error.remedy else str(error)
+        outcome = Outcome(error.exit_code, facts=report.error_facts(error), message=message)
+    except Signalled as signalled:
+        message = f"ended by {signalled.code.name}{'; ' if on_signal else ''}{on_signal}"
+        outcome = Outcome(signalled.code, facts={"message": on_signal}, message=message)
+    except Exception as error:
+        bug = InternalError(masked(f"{type(error).__name__}: {error}"))
+        outcome = Outcome(bug.exit_code, facts=report.error_facts(bug), message=f"{bug}; {bug.remedy}")
+        logger.exception("unexpected error")
+    _print(name, as_json, outcome)
+    _tell_kubernetes(name, outcome)
+    level = logging.INFO if outcome.code is ExitCode.OK else logging.ERROR
+    if message := outcome.message or (outcome.summary.headline if outcome.summary else ""):
+        logger.log(level, "%s: %s (exit %d)", name, message, outcome.code)
+    return int(outcome.code)
+
+
+def _print(name: str, as_json: bool, outcome: Outcome) -> None:
+    try:
+        if as_json:
+            click.echo(report.json_object(name, outcome.code, outcome.facts))
+        elif outcome.summary and sys.stdout.isatty():
+            # Only here: importing rich takes as long as reading the version table and the index.
+            from bifrost_bootstrap import terminal
+
+            terminal.show(outcome.summary, outcome.code)
+        elif outcome.summary:
+            click.echo(masked(str(outcome.summary)))
+        if outcome.text and not as_json:
+            click.echo(masked(outcome.text))
+    except BrokenPipeError:
+        print_no_more()
+
+
+def print_no_more() -> None:
+    """Whoever read our output has gone; the exit code is all that is left to say."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell_kubernetes(name: str, outcome: Outcome) -> None:
+    file = environment.load_telling().termination_log
+    try:
+        report.write_termination_message(file, name, outcome.code, outcome.facts)
+    except OSError as error:
+        logger.debug("no termination message: %s", error)
