@@ -190,7 +190,7 @@ def check(wait: float | None, as_json: bool) -> int:
 @click.option("--sql", "with_sql", is_flag=True, help="Print the SQL of the pending revisions too.")
 @_json_option
 def plan(with_sql: bool, as_json: bool) -> int:
-    """Say what an init would do: pending revisions, and what a warm would add, change and remove. Changes nothing."""
+    """Say what init would do: revisions to apply, modules to add, change and remove. Changes nothing."""
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "tree")
@@ -255,7 +255,7 @@ def load(folder: Path, yes: bool, as_json: bool) -> int:
         from bifrost_bootstrap.load import load
 
         if not yes:
-            raise UsageError(f"load would write to {settings.database}; say --yes if that is meant")
+            raise UsageError(f"load would write to {settings.database}", "say --yes if that is meant")
         result = load(settings.database, folder)
         return Outcome(ExitCode.OK, summary.of_load(result, str(settings.database)), result.to_dict())
 

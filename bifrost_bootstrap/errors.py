@@ -89,11 +89,12 @@ class BootstrapError(Exception):
 
 
 class UsageError(BootstrapError):
-    """The command line says too little."""
+    """The command line says too little. todo: what to say."""
 
     exit_code = ExitCode.USAGE
-    facts = ("what",)
+    facts = ("what", "todo")
     text = "{what}"
+    advice = "{todo}"
 
 
 class SettingsError(BootstrapError):

@@ -71,7 +71,7 @@ def test_error_has_text_remedy_and_code(cls: type[BootstrapError]) -> None:
     spoken = f"{error} {error.remedy}"
     assert str(error)
     assert error.exit_code in ExitCode
-    assert error.exit_code not in (ExitCode.OK, ExitCode.NOT_READY, ExitCode.USAGE, ExitCode.SIGINT, ExitCode.SIGTERM)
+    assert error.exit_code not in (ExitCode.OK, ExitCode.NOT_READY, ExitCode.SIGINT, ExitCode.SIGTERM)
     for fact in set(cls.facts) - {"verdict", "seconds"}:
         value = FACTS.get(fact, f"the {{{fact}}} ‘x’ 100 %s")
         for part in value if isinstance(value, list) else [value]:

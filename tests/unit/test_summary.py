@@ -69,9 +69,7 @@ def test_check_names_what_is_missing() -> None:
     diff = CacheDiff(
         added=[b"%d.py" % number for number in range(12)], removed=[b"a\nb.py"], odd=[("index", "collides")]
     )
-    text = str(
-        summary.of_check(Readiness(AT_HEAD, diff, None, 1), Surroundings("", {"broken": "REINDEX INDEX broken"}))
-    )
+    text = str(summary.of_check(Readiness(AT_HEAD, diff, None, 1), Surroundings("", {"broken": "REINDEX broken"})))
     assert text.startswith("not ready: module cache differs: 12 added, 1 removed\n")
     assert "cache   1 modules indexed; 12 added, 1 removed" in text
     assert text.count("added '") == 10
