@@ -58,12 +58,16 @@ soak: venv ## live writers, restarts and re-warms, for a long time
 	$(PYTHON) -m pytest --timeout=0 tests/soak $(PYTEST_ARGS)
 
 .PHONY: race
-race: venv ## the tests that race processes against each other, many times (RACES=20)
+race: venv ## the tests that race processes against each other, many times (RACES=20), the other migration tests 3 times
 	tools/test-servers
 	@run=1; while [ $$run -le $(RACES) ]; do \
 		echo "race $$run of $(RACES)"; \
 		$(PYTHON) -m pytest -q -x -n 2 -m race $(PYTEST_ARGS) || exit 1; \
 		run=$$((run + 1)); \
+	done
+	@for run in 1 2 3; do \
+		echo "the other migration tests, $$run of 3"; \
+		$(PYTHON) -m pytest -q -x -n 2 -m "not race" tests/migration $(PYTEST_ARGS) || exit 1; \
 	done
 
 .PHONY: docs

@@ -109,12 +109,7 @@ class Guard:
         marker, size = cache.marker(), cache.size()
         found = (marker, size, state.database_heads)
         self._looks += 1
-        warmed = (
-            marker is not None
-            and marker.settled
-            and marker.modules == size
-            and tuple(sorted(marker.heads)) == state.database_heads
-        )
+        warmed = marker is not None and marker.tells(size, state.database_heads)
         if (warmed or found == self._known) and self._looks % FULL_EVERY:
             return False
         # Live writers change the count; once compared it is as good as the marker's.

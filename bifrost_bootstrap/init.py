@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 LOOK_PAUSE = 0.1
 #: Seconds between two log lines that say the same.
 SAY_AGAIN = 10.0
+#: Seconds before a queue without a worker is worth a warning: one that was started beside us needs two to four.
+WORKER_GRACE = 5.0
 #: Seconds by which a task gives up waiting before init does, so that its own error is heard.
 TASK_HEAD_START = 2.0
 #: Seconds that the last look may take past the deadline: the longest timeout of one operation.
@@ -155,7 +157,7 @@ class _Init:
         self.queue, self.ensure_worker = queue, ensure_worker
         self.observer: Observer = Observer(settings, tree, queue, own_worker=ensure_worker is not None, truth=truth)
         self.losses = 0
-        self.note, self.said = "", Deadline(0)
+        self.note, self.said, self.warned = "", Deadline(0), Deadline(0)
         self.report = report
 
     def run(self, waited: list[Waited]) -> InitReport:
@@ -170,6 +172,7 @@ class _Init:
             if seen.progress:
                 self.report(seen.progress)
             self._say(decision, seen)
+            self._warn_of_no_worker(seen)
             match decision:
                 case Succeed():
                     assert self.observer.truth
@@ -202,6 +205,13 @@ class _Init:
         self.observer.follow(sent)
         logger.info("chain enqueued on %s: migrate %s, warm %s", self.queue, sent.migrate or "left out", sent.warm)
 
+    def _warn_of_no_worker(self, seen: Observation) -> None:
+        missing = seen.consumers == 0 and seen.sent and not (seen.taken or seen.away)
+        if missing and seen.age > WORKER_GRACE and self.warned.passed:
+            self.warned = Deadline(SAY_AGAIN)
+            error = NoWorkerError(self.queue)
+            logger.warning("%s; %s", error, error.remedy)
+
     def _say(self, decision: Decision, seen: Observation) -> None:
         if not isinstance(decision, Wait | Enqueue):
             return
@@ -211,9 +221,6 @@ class _Init:
         self.note, self.said = note, Deadline(SAY_AGAIN)
         how_far = str(seen.progress) if seen.progress and seen.progress.what == note else note
         logger.info("%s (%.0fs of %.0fs)", how_far, self.deadline.elapsed, self.deadline.seconds)
-        if seen.consumers == 0 and seen.sent and not (seen.taken or seen.away):
-            missing = NoWorkerError(self.queue)
-            logger.warning("%s; %s", missing, missing.remedy)
 
     def _too_late(self, seen: Observation) -> BootstrapError:
         held = seen.migrate.held or seen.warm.held

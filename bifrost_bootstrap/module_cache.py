@@ -148,6 +148,10 @@ class Marker:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def tells(self, size: int, database_heads: tuple[str, ...]) -> bool:
+        """Whether a cache of this size is complete by what the last warm found, for a database at these heads."""
+        return self.settled and self.modules == size and tuple(sorted(self.heads)) == database_heads
+
 
 @dataclass
 class CacheStates:

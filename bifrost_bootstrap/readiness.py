@@ -86,15 +86,8 @@ def look(
         marker, modules = cache.marker(), cache.size()
         if not schema.ready:
             return Readiness(schema, None, marker, modules)
-        warmed = (
-            marker_suffices
-            and marker is not None
-            and marker.settled
-            and (since is None or marker.warm_id != since.warm_id)
-            and tuple(sorted(marker.heads)) == schema.database_heads
-            and marker.modules == modules
-        )
-        if warmed:
+        newer = marker is not None and (since is None or marker.warm_id != since.warm_id)
+        if marker_suffices and newer and marker and marker.tells(modules, schema.database_heads):
             return Readiness(schema, None, marker, modules, warmed=True)
         if not compare:
             return Readiness(schema, None, marker, modules)

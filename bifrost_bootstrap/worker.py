@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -31,6 +30,7 @@ from bifrost_bootstrap.errors import BootstrapError, masked
 from bifrost_bootstrap.guard import ANY_TASK, Guard
 from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
 from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tasks import touch
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def beat(self) -> None:
         if file := self.settings.worker_health_file:
-            _touch(file)
+            touch(file)
         held = {request.id for request in (*state.reserved_requests, *state.active_requests)}
         if not held:
             return
@@ -114,13 +114,6 @@ class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
                 _vouch(client, {*held, ANY_TASK})
         except BootstrapError as error:
             logger.debug("heartbeat: %s", error)
-
-
-def _touch(file: Path) -> None:
-    try:
-        file.touch()
-    except OSError as error:
-        logger.warning("BIFROST_WORKER_HEALTH_FILE %s cannot be touched: %s", file, error.strerror)
 
 
 def _vouch(client: redis.Redis, task_ids: set[str]) -> None:
