@@ -1,4 +1,4 @@
-"""I9: a worker that migrates through an outage of the broker looks alive, or its orchestrator would kill the migration."""
+"""I9: a worker that migrates through an outage of the broker looks alive, or its orchestrator would kill it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,76 @@
+"""Wheel and sdist hold what the program needs, and it works where there is nothing but them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bifrost_bootstrap
+from tests.conftest import RunCommand
+
+ROOT = Path(__file__).parents[2]
+#: Seconds to build, and to run the main job on servers of its own.
+TIMEOUT = 100
+NEEDED = {
+    "celeryconfig.py",
+    "bifrost_bootstrap/py.typed",
+    "bifrost_bootstrap/alembic_child.py",
+    "bifrost_bootstrap/migrations/alembic.ini",
+    "bifrost_bootstrap/migrations/env.py",
+    "bifrost_bootstrap/migrations/versions/0001_workspace_files.py",
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist of this checkout, built from a copy of it."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False).stdout
+    names = [name for name in tracked.decode().split("\0") if name] or ["pyproject.toml", "README.md", "LICENSE"]
+    for name in names:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    program = "from setuptools import build_meta as b; b.build_wheel('..'); b.build_sdist('..')"
+    subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, check=True, timeout=TIMEOUT)
+    return folder
+
+
+def test_contents(built: Path) -> None:
+    """Both have everything that is needed at run time; the wheel has nothing beside it."""
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert names >= NEEDED
+    assert {name.split("/")[0] for name in names} == {
+        "bifrost_bootstrap",
+        "celeryconfig.py",
+        f"bifrost_bootstrap-{bifrost_bootstrap.__version__}.dist-info",
+    }
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        packed = {name.partition("/")[2] for name in sdist.getnames()}
+    assert packed >= NEEDED | {"pyproject.toml", "README.md", "LICENSE"}
+
+
+def test_the_wheel_works_on_its_own(built: Path, run_command: RunCommand, tmp_path: Path) -> None:
+    """In an empty folder with an empty environment the main job runs from the wheel alone."""
+    place = tmp_path / "place"
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        wheel.extractall(place)  # noqa: S202  (built here)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    env = {"PATH": os.defpath, "PYTHONPATH": str(place)}
+    where = run_command([sys.executable, "-c", "import bifrost_bootstrap as b; print(b.__file__)"], env=env, cwd=empty)
+    assert where.stdout.strip() == str(place / "bifrost_bootstrap" / "__init__.py")
+    words = [sys.executable, "-m", "bifrost_bootstrap", "init", "--embedded", "--json"]
+    done = run_command(words, env=env, cwd=empty, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schema_state"]["database_heads"] == ["0002"]
+    assert list(empty.iterdir()) == []
