@@ -38,9 +38,8 @@ def of_init(report: InitReport) -> Summary:
             f"ready, nothing to do: schema at {head}, {readiness.modules:,} modules cached ({report.seconds:.2f}s)"
         )
     rows = [("waited", f"{item.server} {item.seconds:.1f}s") for item in report.waited]
-    if report.migrate:
+    if report.migrate and (applied := report.migrate["applied"]):
         came_from = ", ".join(report.migrate["revision_from"]) or "an empty database"
-        applied = report.migrate["applied"]
         rows.append(("migrated", f"{len(applied)} revisions from {came_from} in {report.migrate['seconds']:.1f}s"))
         rows += [("", f"{item['revision']}  {item['title']} ({item['seconds']:.2f}s)") for item in applied]
     if warm := report.warm:

@@ -72,7 +72,7 @@ def test_the_main_job(
     warmed = run_bootstrap("init")
     assert warmed.returncode == 0, warmed.stderr
     assert f"{len(MODULES)} added, 0 changed, 0 removed" in warmed.stdout
-    assert "migrated  " not in warmed.stdout or "0 revisions" in warmed.stdout
+    assert "migrated  " not in warmed.stdout
     assert cached(redis_url) == rows(database) == MODULES
     assert run_bootstrap("check").returncode == 0
 
