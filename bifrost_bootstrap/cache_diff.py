@@ -123,7 +123,7 @@ class Snapshot:
                 with cursor.copy(f"{query}{where}) TO STDOUT (FORMAT binary)", (part,) if part else None) as copy:
                     copy.set_types(("text", "text", "text"))
                     for row in copy.rows():
-                        if part or row[0].encode() in wanted:
+                        if part or (row[0] is not None and row[0].encode() in wanted):
                             yield row
 
 

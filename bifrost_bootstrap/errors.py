@@ -16,7 +16,8 @@ Every error of this program, with the exit code it ends in.
     ├── SchemaError                1  the schema cannot be brought to this image's head
     ├── MigrationError             1  a revision failed
     ├── WarmError                  2  the cache could not be warmed
-    │   └── StagedLostError        2  what was staged was gone before the switch; init has it tried again
+    │   ├── StagedLostError        2  what was staged was gone before the switch; init has it tried again
+    │   └── UnsettledError         2  rows or entries changed faster than they could be compared
     ├── ShrinkError                2  a warm would remove most of the cache
     ├── MigrateGivenUpError        1  the migrate was lost with its worker every time
     │   └── WarmGivenUpError       2  the warm was
@@ -232,13 +233,21 @@ class WarmError(BootstrapError):
     """The cache could not be warmed; the previous cache stands."""
 
     exit_code = ExitCode.WARM
-    facts = ("reason",)
+    facts: ClassVar[tuple[str, ...]] = ("reason",)
     text = "warming failed, the previous module cache is untouched: {reason}"
     advice = "mend the cause and run init again"
 
 
 class StagedLostError(WarmError):
     """Staged entries were gone before the switch: Redis was restarted or flushed meanwhile, or evicts."""
+
+
+class UnsettledError(WarmError):
+    """Every pass of a warm found another difference. What the passes before the last one switched stands."""
+
+    facts = ("passes", "difference")
+    text = "the module cache did not settle: rows or entries went on changing for {passes} passes; last: {difference}"
+    advice = "run init again; if it ends so again, find who writes modules without pause"
 
 
 class ShrinkError(BootstrapError):

@@ -14,7 +14,7 @@ from typing import Any
 from bifrost_bootstrap import cache_diff, module_cache, redis_server
 from bifrost_bootstrap.cache_diff import CacheDiff, Snapshot
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import ShrinkError, WarmError
+from bifrost_bootstrap.errors import ShrinkError, UnsettledError
 from bifrost_bootstrap.module_cache import Marker, ModuleCache, Stage
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
@@ -79,7 +79,7 @@ def warm(
     several processes at once, and to be killed at any instant: the previous cache stands until the switch.
 
     Raises WarmError, ShrinkError, UnavailableError, RefusedError; in each case nothing was changed by the pass
-    that failed.
+    that failed, unless its switch was carried out and Redis vanished before it could answer.
     """
     with (
         redis_server.connect(settings.redis) as client,
@@ -123,7 +123,7 @@ class _Warm:
                     seconds=round(time.monotonic() - started, 3), odd=diff.odd,
                 )  # fmt: skip
             if number == MOST_PASSES or deadline.passed:
-                raise WarmError(f"rows or entries went on changing for {number} passes; last found: {diff.summary()}")
+                raise UnsettledError(number, diff.summary())
             # As large as the cache perhaps, and the next pass makes its own.
             del diff
             if number > 1:

@@ -61,6 +61,19 @@ def test_w01_path_of_the_index_is_refused_and_named(deployment: Deployment, capl
     deployment.assert_exact()
 
 
+def test_w01_row_without_a_path_is_named(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a platform's table lets a path be null, such a module is left out and named, and hinders no other."""
+    deployment.database.execute("ALTER TABLE workspace_files ALTER path DROP NOT NULL")
+    deployment.put({"a.py": "x = 1"})
+    deployment.database.execute("INSERT INTO workspace_files (content, entity_type) VALUES ('y = 2', 'module')")
+    with caplog.at_level(logging.WARNING):
+        result = deployment.warm()
+    assert result.odd == [("", "a module without a path")]
+    assert "a module without a path" in caplog.text
+    assert result.modules == 1
+    assert set(deployment.module_keys()) == {INDEX, ENTRY + b"a.py"}
+
+
 @pytest.mark.parametrize("content_hash", [None, "", "abc", "Z" * 64, "é" * 64])
 def test_w01_hash_that_is_none_is_computed(deployment: Deployment, content_hash: str | None) -> None:
     """Where `content_hash` is no sha-256 the entry has the right one, and the next warm finds no difference."""
@@ -80,6 +93,9 @@ def test_w01_hash_in_capitals_is_the_same_hash(deployment: Deployment) -> None:
     deployment.database.execute("UPDATE workspace_files SET content_hash = upper(content_hash)")
     deployment.warm()
     deployment.assert_exact()
+    assert deployment.warm().changed == 0
+    # That it is trusted shows where it lies: otherwise PostgreSQL would compute it from the content.
+    deployment.database.execute("UPDATE workspace_files SET content = 'x = 2'")
     assert deployment.warm().changed == 0
 
 
@@ -118,7 +134,9 @@ def test_w01_index_that_names_itself(deployment: Deployment, row: bool) -> None:
     deployment.put({"a.py": "x"} | ({"index": "y"} if row else {}))
     deployment.warm()
     deployment.client.sadd(INDEX, "index")
-    assert deployment.warm().removed == 1
+    result = deployment.warm()
+    # Deleted, it would be filled again by a second and third pass.
+    assert (result.removed, result.added, result.passes) == (1, 0, 2)
     deployment.assert_exact()
     assert deployment.warm().passes == 1
 

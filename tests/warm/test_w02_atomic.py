@@ -9,9 +9,10 @@ from threading import Event
 import pytest
 import redis
 
-from bifrost_bootstrap import warm
+from bifrost_bootstrap import cache_diff, warm
 from bifrost_bootstrap.progress import Progress
-from tests.warm.deployment import Deployment
+from bifrost_bootstrap.warm import STAGING
+from tests.warm.deployment import Deployment, at
 
 WARMS = 100
 #: Modules that are changed together, and how many come and go with the generation.
@@ -68,3 +69,27 @@ def test_w02_observer_never_sees_a_mixture(
         observer.result()
     assert seen[-1] == f"# generation {WARMS - 1}"
     assert len(seen) > WARMS
+
+
+def test_w02_rows_are_those_of_one_moment(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed together while the rows are being read becomes visible together, by the next pass."""
+    # One row in each query, so that the commit comes between two of them; most modules stay as they are, or else
+    # one query would read them all.
+    monkeypatch.setattr(cache_diff, "_PATHS_A_QUERY", 1)
+    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    together = [f"together{n}" for n in range(5)]
+    deployment.put({f"still{n}": "" for n in range(20)} | dict.fromkeys(together, "0"))
+    deployment.warm()
+    deployment.put(dict.fromkeys(together, "1"))
+    seen: list[str | None] = []
+    commit = at(STAGING, lambda: deployment.put(dict.fromkeys(together, "2")))
+
+    def observe_and_commit(progress: Progress) -> None:
+        contents = {deployment.content(path) for path in together}
+        assert len(contents) == 1, f"a mixture of {contents}"
+        seen.extend(contents - set(seen[-1:]))
+        commit(progress)
+
+    assert deployment.warm(observe_and_commit).passes == 3
+    assert seen == ["0", "1", "2"]
+    deployment.assert_exact()

@@ -294,3 +294,19 @@ def test_w03_index_of_another_type(deployment: Deployment) -> None:
         deployment.warm()
     assert deployment.module_keys().keys() == {INDEX}
     assert ENTRY in INDEX
+
+
+def test_w03_index_becomes_another_type(deployment: Deployment) -> None:
+    """The same just before the switch: refused as a whole, since a SADD that fails would come after the entries."""
+    before = change(deployment)
+
+    def replace() -> None:
+        deployment.client.set(INDEX, "not a set")
+
+    with pytest.raises(WarmError, match="the index is a string"):
+        deployment.warm(at(SWITCHING, replace))
+    after = deployment.module_keys()
+    assert {key: after[key] for key in before if key != INDEX} == {key: before[key] for key in before if key != INDEX}
+    assert deployment.client.get(INDEX) == b"not a set"
+    deployment.client.delete(INDEX)
+    assert_completes(deployment)

@@ -10,9 +10,10 @@ from threading import Event
 
 import pytest
 
-from bifrost_bootstrap.errors import WarmError
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import UnsettledError
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING
+from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING, warm
 from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import Deployment, at
@@ -111,8 +112,30 @@ def test_w04_writer_that_never_rests(deployment: Deployment, monkeypatch: pytest
             number += 1
             deployment.put({PATH: f"version = {number}"})
 
-    with pytest.raises(WarmError, match=r"3 passes.*1 changed"):
+    with pytest.raises(UnsettledError, match=r"did not settle.*3 passes.*1 changed") as unsettled:
         deployment.warm(commit_only)
+    # The passes before it have switched: it must not say that the previous cache is untouched.
+    assert deployment.content(PATH) == "version = 3"
+    assert "untouched" not in str(unsettled.value)
+
+
+def test_w04_deadline_ends_the_passes(deployment: Deployment) -> None:
+    """The same at the deadline, however many passes are left: the pass that it finds running is the last."""
+    deployment.put({PATH: "version = 0"})
+    deadline = Deadline(60)
+    passes = 0
+
+    def commit_and_let_it_pass(progress: Progress) -> None:
+        nonlocal passes
+        if progress.note == READING:
+            passes += 1
+            deployment.put({PATH: f"version = {passes}"})
+            if passes == 2:
+                deadline.seconds = 0
+
+    with pytest.raises(UnsettledError, match="2 passes"):
+        warm(deployment.settings, deadline, commit_and_let_it_pass)
+    assert passes == 2
 
 
 @pytest.mark.race
@@ -150,7 +173,7 @@ def test_w04_writers_under_load(deploy: NewDeployment, deployment: Deployment, m
                 if last:
                     deployment.warm(at(SWITCHING, end_them))
                     continue
-                with monkeypatch.context() as patched, contextlib.suppress(WarmError):
+                with monkeypatch.context() as patched, contextlib.suppress(UnsettledError):
                     # Under such a load a warm need not settle.
                     patched.setattr("bifrost_bootstrap.warm.MOST_PASSES", 3)
                     deployment.warm()

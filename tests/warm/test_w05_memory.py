@@ -94,6 +94,10 @@ def test_w05_switch_blocks_redis_no_longer_than_its_work_takes(
     client = deployment.client
     fill(deployment, 10_000)
     deployment.warm()
+    assert "rename" not in calls(deployment), "a first fill is written where it belongs, before its switch"
+    client.config_resetstat()
+    deployment.warm()
+    assert calls(deployment)["eval"] > 10, "the tails are read in slices, each too short to be felt, then the switch"
 
     def longest(work: Callable[[], object]) -> float:
         """Microseconds of the longest script; the least of three runs is the one that nobody disturbed."""

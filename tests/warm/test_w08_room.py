@@ -103,17 +103,19 @@ def test_w08_server_that_does_not_tell(deploy: NewDeployment, server: RedisServe
     assert "does not tell its memory" in told()
 
 
-def test_w08_staged_entry_evicted(deployment: Deployment) -> None:
-    """A staged entry that is gone at the switch: all of it is refused, and the error says why."""
+@pytest.mark.parametrize("end", [b":3.py", b"bifrost:bootstrap:plan:"])
+def test_w08_staged_entry_evicted(deployment: Deployment, end: bytes) -> None:
+    """A staged entry, or the plan, that is gone at the switch: all of it is refused, and the error says why."""
     deployment.put({f"{n}.py": "1" for n in range(5)})
     deployment.warm()
     before = deployment.module_keys()
     deployment.put({f"{n}.py": "2" for n in range(5)})
 
     def evict() -> None:
-        deployment.client.delete(next(key for key in deployment.own_keys() if key.endswith(b":3.py")))
+        gone = next(key for key in deployment.own_keys() if key.endswith(end) or key.startswith(end))
+        deployment.client.delete(gone)
 
-    with pytest.raises(WarmError, match=r"evicted before the switch.*3\.py"):
+    with pytest.raises(WarmError, match=rf"evicted before the switch.*{end.decode()}"):
         deployment.warm(at(SWITCHING, evict))
     assert deployment.module_keys() == before
     deployment.warm()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Mapping
+from threading import Event
 from typing import Any
 
 import psycopg
@@ -12,6 +15,7 @@ import redis
 from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.guard import FULL_EVERY, TURN, Guard
+from bifrost_bootstrap.module_cache import MARKER
 from bifrost_bootstrap.progress import held_key
 from tests.conftest import RunBootstrap, StartWorker
 from tests.servers.process import wait_until
@@ -155,6 +159,70 @@ def test_w09_never_past_the_brake(deployment: Deployment, monkeypatch: pytest.Mo
     watch = Watch(deployment)
     deployment.client.delete("bifrost:bootstrap:marker")
     assert watch.look() == 0
+
+
+@pytest.mark.parametrize("said", [{"settled": False}, {"heads": ["0001"]}, {"modules": 9}])
+def test_w09_marker_that_does_not_vouch(watch: Watch, said: dict[str, object]) -> None:
+    """A warm that did not settle, or was one of another schema or count: what it left is compared at once."""
+    client = watch.deployment.client
+    marker = json.loads(str(client.get(MARKER).decode()))  # type: ignore[union-attr]
+    client.set(MARKER, json.dumps(marker | said))
+    client.delete(ENTRY + b"m3.py")
+    assert watch.look() == 1
+
+
+def test_w09_looks_one_after_the_other(watch: Watch) -> None:
+    """A look that takes longer than the pause between two is not overtaken by the next."""
+    deployment = watch.deployment
+    deployment.client.flushdb()
+    sending, go_on = Event(), Event()
+    sent: list[str] = []
+
+    def send() -> None:
+        sent.append("sent")
+        sending.set()
+        go_on.wait(PATIENCE)
+
+    guard = Guard(deployment.settings, trees.load(deployment.settings), send)
+    guard.start_look()
+    assert sending.wait(PATIENCE)
+    deployment.client.delete(TURN)
+    guard.start_look()
+    looking = [thread for thread in threading.enumerate() if thread.name == "guard"]
+    go_on.set()
+    for thread in looking:
+        thread.join(PATIENCE)
+    assert len(looking) == 1
+    assert sent == ["sent"]
+
+
+def test_w09_a_bug_ends_a_look_only(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+    """What nobody thought of is logged, and leaves the worker alone."""
+
+    def send() -> None:
+        raise RuntimeError("a bug")
+
+    watch.deployment.client.flushdb()
+    guard = Guard(watch.deployment.settings, trees.load(watch.deployment.settings), send)
+    guard.look()
+    assert "guard: unexpected error" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "enabled"),
+    [("BIFROST_CACHE_GUARD_INTERVAL", "60s", True), ("BIFROST_CACHE_GUARD_INTERVAL", "0", False),
+     ("BIFROST_RUN_QUEUE", "bifrost.bootstrap.one.run", False)],
+)  # fmt: skip
+def test_w09_whose_worker_has_a_guard(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, enabled: bool
+) -> None:
+    """A standing worker has one unless the interval is 0; the worker of one init has none."""
+    from bifrost_bootstrap.worker import GuardStep
+
+    for name, url in (("DATABASE", "postgresql://u@h/d"), ("REDIS", "redis://h/0"), ("RABBITMQ", "amqp://h//")):
+        monkeypatch.setenv(f"BIFROST_{name}_URL", url)
+    monkeypatch.setenv(variable, value)
+    assert GuardStep(None).include_if(None) is enabled
 
 
 def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
