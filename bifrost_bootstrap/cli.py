@@ -122,7 +122,9 @@ def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink:
 
         return _init(stack, timeout, Wanted(allow_shrink=allow_shrink), with_worker=with_worker or embedded)
 
-    return run_command("init", as_json, work, on_signal="work that a bootstrap worker has begun goes on")
+    # A worker of our own ends with us.
+    begun = "is cancelled with its worker" if with_worker or embedded else "goes on"
+    return run_command("init", as_json, work, on_signal=f"work that a bootstrap worker has begun {begun}")
 
 
 @main.command(

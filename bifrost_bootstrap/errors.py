@@ -12,6 +12,7 @@ Every error of this program, with the exit code it ends in.
     ├── NoWorkerError             69  no bootstrap worker consumes the queue of this tree
     ├── BusyError                 75  another holder of the migration lock, or DDL could not get its lock
     ├── DeadlineError            124  our work was queued or running when the deadline passed
+    │   └── OwnWorkerDeadlineError 124 the same, in a worker that `--with-worker` brought, which ends with its init
     ├── UnwantedError            124  a chain was not begun, since its init had gone (seen in a worker's log only)
     ├── SchemaError                1  the schema cannot be brought to this image's head
     ├── MigrationError             1  a revision failed
@@ -182,6 +183,13 @@ class DeadlineError(BootstrapError):
     facts = ("what", "seconds")
     text = "the deadline of {seconds:.0f}s passed while: {what}; work already running goes on"
     advice = "run init again, it waits for the work that goes on; raise --timeout if migrations take longer"
+
+
+class OwnWorkerDeadlineError(DeadlineError):
+    """The deadline passed while a worker of our own had the work: it ends with its init, and nothing goes on."""
+
+    text = "the deadline of {seconds:.0f}s passed while: {what}; a revision that was running is cancelled"
+    advice = "raise --timeout above what the longest revision takes, or run init beside a standing bootstrap worker"
 
 
 class UnwantedError(BootstrapError):

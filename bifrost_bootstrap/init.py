@@ -21,6 +21,7 @@ from bifrost_bootstrap.errors import (
     BusyError,
     DeadlineError,
     NoWorkerError,
+    OwnWorkerDeadlineError,
     RefusedError,
     UnavailableError,
     WarmError,
@@ -98,7 +99,8 @@ def init(
         with deadline.enforced(GRACE):
             return _init(settings, deadline, wanted, report, with_worker=with_worker)
     except Overrun:
-        raise DeadlineError("an operation did not return", deadline.seconds) from None
+        too_late = OwnWorkerDeadlineError if with_worker else DeadlineError
+        raise too_late("an operation did not return", deadline.seconds) from None
 
 
 def _init(settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, *, with_worker: bool) -> InitReport:
@@ -232,4 +234,5 @@ class _Init:
             return BusyError("the migration lock", seen.holder)
         if not seen.taken and seen.consumers == 0:
             return NoWorkerError(self.queue)
-        return DeadlineError(self.note or "the chain is queued", self.deadline.seconds)
+        too_late = OwnWorkerDeadlineError if self.ensure_worker else DeadlineError
+        return too_late(self.note or "the chain is queued", self.deadline.seconds)

@@ -57,11 +57,29 @@ def test_i07_with_its_own_worker(deployment: Deployment) -> None:
     family = init.descendants()
     assert len(family) >= 3  # worker, task process, Alembic
     init.send_signal(signal.SIGTERM)
-    assert init.wait(AT_ONCE).returncode == 143
+    done = init.wait(AT_ONCE)
+    assert done.returncode == 143
+    assert "begun is cancelled with its worker" in done.stderr.splitlines()[-1]
     _, alive = psutil.wait_procs(family, timeout=AT_ONCE)
     assert not alive
     deployment.release()
     assert deployment.start_init(own=True).wait().returncode == 0
+
+
+def test_i07_its_worker_ends_at_the_deadline(deployment: Deployment) -> None:
+    """At the deadline the running revision is cancelled with init's own worker; init does not say that it goes on."""
+    deployment.hold("migrating")
+    init = deployment.start_init(own=True, timeout="30s")
+    deployment.wait_reached("migrating")
+    done = init.wait()
+    assert done.returncode == 124
+    assert "a revision that was running is cancelled" in done.stderr.splitlines()[-2]
+    assert "standing bootstrap worker" in done.stderr.splitlines()[-1]
+    wait_until(lambda: not deployment.runners(), "the sessions of the worker have gone", PHASE_TIMEOUT)
+    assert deployment.applied() == ["0001"]
+    deployment.release()
+    assert deployment.start_init(own=True).wait().returncode == 0
+    assert deployment.cache() == COMPLETE
 
 
 def test_i07_its_worker_ends_when_it_is_killed(deployment: Deployment) -> None:

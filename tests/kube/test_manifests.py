@@ -11,7 +11,7 @@ import yaml
 
 from bifrost_bootstrap.cli import main
 from bifrost_bootstrap.errors import ExitCode
-from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.settings import Settings, duration
 from tests.compose.stack import CHECKOUT
 from tests.kube.manifests import (
     EXAMPLES,
@@ -151,6 +151,16 @@ def test_the_job_knows_our_exit_codes() -> None:
     assert codes["Count"] == {code for code in of_init if retry[code] != "no"}
     (container,) = pod_of(named(WRITTEN, "Job", "bifrost-init"))["containers"]
     assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {container["name"]}
+
+
+@needs_kubectl
+def test_a_rollout_outlives_init() -> None:
+    """No rollout counts as failed while an init may still be at work."""
+    for variant in VARIANTS:
+        settings = named(built(variant), "ConfigMap", "bifrost-bootstrap")["data"]
+        for name in ("bifrost-api", "bifrost-worker"):
+            rollout = named(built(variant), "Deployment", name)["spec"]["progressDeadlineSeconds"]
+            assert rollout > duration(settings["BIFROST_INIT_TIMEOUT"]), (variant, name)
 
 
 def test_pods_keep_to_the_restricted_standard() -> None:
