@@ -19,6 +19,7 @@ from bifrost_bootstrap.errors import RefusedError, UnavailableError, masked, reb
 from bifrost_bootstrap.progress import (
     DEADLINE_HEADER,
     WANTED_HEADER,
+    Progress,
     held_key,
     progress_key,
     wanted_key,
@@ -140,9 +141,11 @@ def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:
 
 
 def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> TaskState:
-    fields = json.loads(meta) if meta else {}
+    note = _note(_json_object(progress) or {})
+    fields = _json_object(meta)
+    if fields is None:
+        return TaskState("FAILURE", note=note, lost="the result backend holds something for it that is not JSON")
     status, result = fields.get("status", "PENDING"), fields.get("result")
-    note = _note(json.loads(progress)) if progress else ""
     if status in ("FAILURE", "REVOKED") and isinstance(result, dict):
         name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
         arguments = arguments if isinstance(arguments, list) else [arguments]
@@ -162,6 +165,17 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
     )
 
 
+def _json_object(stored: bytes | None) -> dict[str, Any] | None:
+    """The object that was stored, empty where nothing was; None for anything else, whoever wrote it there."""
+    try:
+        value = json.loads(stored) if stored else {}
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _note(progress: dict[str, Any]) -> str:
+    if progress.keys() != Progress("").to_dict().keys():
+        return ""
     count = f" {progress['done']:,} of {progress['total']:,} {progress['unit']}" if progress["total"] else ""
     return f"{progress['step']}:{count}{' ' if progress['note'] else ''}{progress['note']}"
