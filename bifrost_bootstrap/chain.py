@@ -141,9 +141,10 @@ def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:
 
 
 def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> TaskState:
-    fields = json.loads(meta) if meta else {}
+    fields = _json_object(meta)
+    if fields is None:
+        return TaskState("FAILURE", lost="the result backend holds something for it that is not JSON")
     status, result = fields.get("status", "PENDING"), fields.get("result")
-    last = Progress(**json.loads(progress)) if progress else None
     if status in ("FAILURE", "REVOKED") and isinstance(result, dict):
         name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
         arguments = arguments if isinstance(arguments, list) else [arguments]
@@ -156,6 +157,20 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
     return TaskState(
         status,
         bool(held) and status != "SUCCESS",
-        last,
+        _progress(progress),
         result=result if status == "SUCCESS" and isinstance(result, dict) else {},
     )
+
+
+def _json_object(stored: bytes | None) -> dict[str, Any] | None:
+    """The object that was stored, empty where nothing was; None for anything else, whoever wrote it there."""
+    try:
+        value = json.loads(stored) if stored else {}
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _progress(stored: bytes | None) -> Progress | None:
+    fields = _json_object(stored)
+    return Progress(**fields) if fields and fields.keys() == Progress("").to_dict().keys() else None

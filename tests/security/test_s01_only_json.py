@@ -1,0 +1,166 @@
+"""S1: only JSON is accepted, from the broker and from the result backend; what is refused runs nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import kombu
+import pytest
+
+from bifrost_bootstrap.celery import MIGRATE
+from tests.faults.stack import COMPLETE, Deployment
+
+RESULT = "bifrost:bootstrap:celery-task-meta-"
+
+
+class Bomb:
+    """Whoever unpickles it creates a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.fixture
+def exploded(tmp_path: Path) -> Path:
+    """The file that the bombs create. That they do so is seen here, or the tests below would prove nothing."""
+    control = tmp_path / "control"
+    pickle.loads(pickle.dumps(Bomb(control)))  # noqa: S301
+    assert control.exists()
+    return tmp_path / "exploded"
+
+
+@pytest.fixture
+def bomb(exploded: Path) -> bytes:
+    """A pickled bomb."""
+    return pickle.dumps(Bomb(exploded))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "said"),
+    [
+        ("application/x-python-serialize", None, "Refusing to deserialize .* content of type .*x-python-serialize"),
+        ("application/x-yaml", b"!!python/object/apply:os._exit [1]", "Refusing to deserialize .* of type .*x-yaml"),
+        # What is no content type of anything is not decoded at all.
+        ("application/data", b"[[], {}, {}]", "invalid task message: its body is no task's"),
+    ],
+    ids=["pickle", "yaml", "raw"],
+)
+def test_s01_message_of_another_content_type(
+    deployment: Deployment, content_type: str, body: bytes | None, said: str, bomb: bytes, exploded: Path
+) -> None:
+    """It is refused with its content type in the log, and the worker takes the next task."""
+    worker = deployment.start_worker()
+    deployment.publish(body or bomb, content_type=content_type, task=MIGRATE)
+    worker.wait_for(said)
+    assert deployment.start_init().wait().returncode == 0
+    assert worker.running
+    assert not exploded.exists()
+    assert deployment.cache() == COMPLETE
+    deployment.assert_clean()
+
+
+def test_s01_remote_control_takes_json_only(deployment: Deployment, bomb: bytes, exploded: Path) -> None:
+    """The workers' remote control hears everybody who may publish to its exchange: pickled words are refused."""
+    worker = deployment.start_worker()
+    with kombu.Connection(deployment.stack.rabbitmq.url(deployment.vhost)) as connection:
+        channel = connection.default_channel
+        message = channel.prepare_message(
+            bomb, content_type="application/x-python-serialize", content_encoding="binary"
+        )
+        channel.basic_publish(message, exchange="celery.pidbox", routing_key="")
+    worker.wait_for("Refusing to deserialize .* content of type .*application/x-python-serialize")
+    ping = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "inspect", "ping", "--json"]
+    answer = deployment.commands.start(
+        ping, env=deployment.environment(deployment.stack.init_lines), cwd=deployment.folder
+    ).wait()
+    assert answer.returncode == 0, answer.stderr
+    assert worker.running
+    assert not exploded.exists()
+
+
+def _ids(log: str) -> tuple[str, str]:
+    line = next(line for line in log.splitlines() if "chain enqueued on" in line)
+    words = line.replace(",", "").split()
+    return words[words.index("migrate") + 1], words[words.index("warm") + 1]
+
+
+@pytest.mark.parametrize("key", ["result", "progress"])
+def test_s01_init_meets_a_result_that_is_not_json(
+    deployment: Deployment, key: str, bomb: bytes, exploded: Path
+) -> None:
+    """Somebody has written a pickle where init looks for a result: it is named, the work is done, init ends with 0."""
+    deployment.hold("warming")
+    deployment.start_worker()
+    init = deployment.start_init()
+    deployment.wait_reached("warming")
+    init.wait_for("chain enqueued on")
+    _, warm = _ids(init.stderr.read_text())
+    with deployment.stack.redis.client() as client:
+        if key == "result":
+            client.set(RESULT + warm, bomb)
+            init.wait_for("holds something for it that is not JSON; enqueueing again")
+        else:
+            init.wait_for("staging")
+            client.set(f"bifrost:bootstrap:progress:{warm}", bomb)
+            # Without a progress that can be read.
+            init.wait_for("(?s)staging.*warm is about to start")
+    deployment.release()
+    done = init.wait()
+    assert done.returncode == 0, done.stderr
+    assert not exploded.exists()
+    assert deployment.cache() == COMPLETE
+
+
+@pytest.mark.parametrize("kind", ["pickle", "yaml", "class of another module"])
+def test_s01_celery_result_of_something_that_is_not_ours(
+    deployment: Deployment, kind: str, bomb: bytes, exploded: Path
+) -> None:
+    """The stock command refuses it, and runs nothing of it."""
+    stored = {
+        "pickle": bomb,
+        "yaml": f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{exploded}]]".encode(),
+        # What Celery's own issue of 2021 was about: a failure that names a function as its exception's class.
+        "class of another module": json.dumps(
+            {
+                "status": "FAILURE",
+                "result": {"exc_type": "system", "exc_module": "os", "exc_message": f"touch {exploded}"},
+                "traceback": None,
+                "children": [],
+            }
+        ).encode(),
+    }[kind]
+    task_id = uuid.uuid4().hex
+    with deployment.stack.redis.client() as client:
+        client.set(RESULT + task_id, stored)
+    words = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "result", task_id]
+    environment = deployment.environment(deployment.stack.init_lines)
+    shown = deployment.commands.start(words, env=environment, cwd=deployment.folder).wait()
+    assert shown.returncode != 0
+    assert "DecodeError" in shown.stderr or "SecurityError" in shown.stderr
+    assert not exploded.exists()
+
+
+def test_s01_failure_in_the_result_backend_names_a_foreign_class(deployment: Deployment, exploded: Path) -> None:
+    """Init rebuilds errors of our own tree only: any other class is a bug's report, and is never called."""
+    deployment.hold("warming")
+    deployment.start_worker()
+    init = deployment.start_init()
+    deployment.wait_reached("warming")
+    init.wait_for("chain enqueued on")
+    _, warm = _ids(init.stderr.read_text())
+    failure = {"exc_type": "system", "exc_module": "os", "exc_message": [f"touch {exploded}"]}
+    with deployment.stack.redis.client() as client:
+        client.set(RESULT + warm, json.dumps({"status": "FAILURE", "result": failure}))
+    done = init.wait()
+    assert done.returncode == 70
+    assert f"system: touch {exploded}" in done.stderr
+    assert not exploded.exists()
+    deployment.release()
