@@ -103,6 +103,7 @@ class Guard:
         event.listen(Engine, "begin", self.on_begin)
         event.listen(Engine, "commit", self.on_commit)
         event.listen(Engine, "before_cursor_execute", self.on_execute, retval=True)
+        event.listen(Engine, "do_execute", self.on_run)
 
     @staticmethod
     def on_connect(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
@@ -148,6 +149,14 @@ class Guard:
             self.drop_invalid(connection, found["index"], found["table"])
         return f"{self.tag} {statement}", parameters
 
+    @staticmethod
+    def on_run(_cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        """Run it in one exchange where it needs that, and has no parameters."""
+        if parameters or loose_asyncpg(context.root_connection) is None:
+            return False
+        run(context.root_connection, statement)
+        return True
+
     def foreign(self, connection: Connection) -> str | None:
         """Which other database than the locked one this connection leads to, or None. Asked once a connection."""
         known: dict[str, str | None] = connection.info
@@ -187,7 +196,7 @@ class Guard:
             " AND coalesce(p.index_relid, i.indexrelid) = i.indexrelid)",
         )
         if found:
-            run(connection, f"{self.tag} DROP INDEX CONCURRENTLY {found[0]}").close()
+            run(connection, f"{self.tag} DROP INDEX CONCURRENTLY {found[0]}")
             self.events.send("healed", index=found[0])
 
 
@@ -201,16 +210,40 @@ def autocommits(connection: Connection) -> bool:
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
-def run(connection: Connection, statement: str) -> Any:
-    # The driver's own cursor: SQLAlchemy's execute would begin a transaction, and call us again.
+def loose_asyncpg(connection: Connection) -> Any:
+    """
+    The driver's own connection where a statement may meet two sessions, else None.
+
+    asyncpg prepares and runs in two exchanges; outside a transaction a pooler may give the session away in between.
+    """
+    loose = connection.dialect.driver == "asyncpg" and autocommits(connection)
+    return connection.connection.dbapi_connection if loose else None
+
+
+def run(connection: Connection, statement: str) -> None:
+    """Run a statement without a result. By the driver: SQLAlchemy would begin a transaction, and call us again."""
+    if loose := loose_asyncpg(connection):
+        try:
+            loose.run_async(lambda driver: driver.execute(statement))
+        except Exception as error:
+            loose._handle_exception(error)
+        return
     cursor = connection.connection.cursor()
     cursor.execute(statement)
-    return cursor
+    cursor.close()
 
 
 def ask(connection: Connection, query: str) -> Any:
     """First row of the query, or None."""
-    cursor = run(connection, query)
+    if loose := loose_asyncpg(connection):
+
+        async def in_one_session(driver: Any) -> Any:
+            async with driver.transaction():
+                return await driver.fetchrow(query)
+
+        return loose.run_async(in_one_session)
+    cursor = connection.connection.cursor()
+    cursor.execute(query)
     row = cursor.fetchone()
     cursor.close()
     return row
@@ -269,7 +302,7 @@ def pending_sql(config: Config, script: ScriptDirectory, heads: list[str]) -> st
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
-    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY").close())
+    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY"))
     config.output_buffer = io.StringIO()
 
     def steps(found: Any, _context: MigrationContext) -> Any:
