@@ -77,7 +77,7 @@ class Guard:
             if not client.set(TURN, b"1", nx=True, px=max(1, round(self.interval * 900))):
                 return None
             cache = ModuleCache(client, settings.module_cache_ttl)
-            if self._busy(client.exists(held_key(ANY_TASK))) or not self._suspicious(cache):
+            if not self._suspicious(cache):
                 return None
             first = self._compared(cache)
             if first.empty:
@@ -85,6 +85,7 @@ class Guard:
             Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
             again = self._compared(cache)
             diff = again.only(first.same_as(again))
+            # Asked last: what began meanwhile counts too, and a look that finds nothing need not ask.
             if diff.empty or self._busy(client.exists(held_key(ANY_TASK))):
                 return None
         if diff.shrinks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 
 import psycopg
@@ -133,12 +134,22 @@ def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, pati
     assert not deadline.passed
 
 
+#: `bifrost-bootstrap init` with a shorter patience for refusals in the middle than the 30 s that it has.
+LESS_PATIENT = """
+import sys
+from bifrost_bootstrap import cli, observer
+observer.REFUSAL_PATIENCE = 2.0
+sys.exit(cli.run(["init", "--timeout", "3m"]))
+"""
+
+
 def test_i01_a_refusal_in_the_middle_is_78(deployment: Deployment) -> None:
-    """A database that is dropped while init waits for its chain ends it with 78 after 30 s, not at the deadline."""
-    init = deployment.start_init(timeout="3m")
+    """A database that is dropped while init waits for its chain ends it with 78 after a while, not at the deadline."""
+    environment = deployment.environment(deployment.stack.init_lines)
+    init = deployment.commands.start([sys.executable, "-c", LESS_PATIENT], env=environment, cwd=deployment.folder)
     init.wait_for("chain enqueued")
     deployment.stack.postgres.drop_database(deployment.database)
-    done = init.wait(90)
+    done = init.wait()
     assert done.returncode == 78
     assert "does not exist" in done.stderr.splitlines()[-2]
 

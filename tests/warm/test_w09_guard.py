@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from threading import Event
@@ -14,10 +15,11 @@ import redis
 
 from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
 from bifrost_bootstrap.cache_diff import CacheDiff
+from bifrost_bootstrap.celery import WARM
 from bifrost_bootstrap.guard import FULL_EVERY, TURN, Guard
 from bifrost_bootstrap.module_cache import MARKER
 from bifrost_bootstrap.progress import held_key
-from tests.conftest import RunBootstrap, StartWorker
+from tests.conftest import RunBootstrap, RunCommand, StartWorker
 from tests.servers.process import wait_until
 from tests.warm.deployment import ENTRY, INDEX, Deployment
 
@@ -236,7 +238,11 @@ def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixtur
 
 
 def test_w09_standing_worker_mends_a_flush(
-    deployment: Deployment, bifrost_env: Mapping[str, str], start_worker: StartWorker, run_bootstrap: RunBootstrap
+    deployment: Deployment,
+    bifrost_env: Mapping[str, str],
+    start_worker: StartWorker,
+    run_bootstrap: RunBootstrap,
+    run_command: RunCommand,
 ) -> None:
     """A real worker at an interval of a second: warmed by init, flushed, and complete again; `check` saw the loss."""
     environment = {
@@ -255,6 +261,13 @@ def test_w09_standing_worker_mends_a_flush(
     client.flushdb()
     assert run_bootstrap("check", env=environment).returncode == 3
     worker = start_worker(env=environment)
+    with psycopg.connect(deployment.database.url) as writer:
+        # Nobody gets on, neither the guard nor the task of an operator, which the worker tells every guard of.
+        writer.execute("LOCK TABLE workspace_files")
+        call = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "call", WARM]
+        assert run_command(call, env=environment).returncode == 0
+        wait_until(lambda: bool(client.exists(held_key(guards.ANY_TASK))), "the worker to say that it works", PATIENCE)
+        client.flushdb()
     for _ in range(2):
         wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)
         wait_until(lambda: not client.exists(held_key(guards.ANY_TASK)), "the task to be let go", PATIENCE)
