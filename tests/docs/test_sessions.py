@@ -163,3 +163,12 @@ def shows(said: str, shown: list[str], what: str) -> None:
         # Durations differ from run to run.
         pattern = re.sub(r"\d+(\\\.\d+)?s\b", r"\\d+(\\.\\d+)?s", pattern)
         assert any(re.fullmatch(pattern, one.strip()) for one in rest), f"{what}\nshows no line {line!r} in:\n{said}"
+
+
+def test_shown_lines_are_missed() -> None:
+    """The positive control: times may differ, order and everything else may not."""
+    said = "log line\nready in 12.34s: schema at 0002\n  done\n"
+    shows(said, ["ready in 0.1s: schema at …", "  done"], "as it is")
+    for wrong in (["ready in 1s: schema at 0003"], ["  done", "ready in 0.1s: schema at 0002"], ["ready"], [""]):
+        with pytest.raises(AssertionError):
+            shows(said, wrong, "otherwise")

@@ -159,7 +159,7 @@ def command_lines(document: Document) -> Iterator[list[str]]:
     short = [f"{OUR_PROGRAM} {span}" for span in document.spans if re.match(rf"({'|'.join(main.commands)}) \S", span)]
     for code in [*document.spans, *document.lines, *short]:
         for found in re.finditer(rf"\b{OUR_PROGRAM} ([a-z-][^#;|&)]*)", code):
-            yield shlex.split(found[1].replace("[", "").replace("]", ""))
+            yield shlex.split(re.sub(r"\[OPTIONS\]|[\[\]]", "", found[1]))
 
 
 def parse(words: list[str]) -> None:
