@@ -121,7 +121,7 @@ def decide(seen: Observation) -> Decision:
     if not seen.sent:
         if seen.holder:
             return Wait(f"a migration runs already, its lock is held by {seen.holder}")
-        return Enqueue("enqueueing migrate and warm")
+        return Enqueue("enqueueing the chain")
     return _ended(seen) or _going_on(seen)
 
 

@@ -68,8 +68,8 @@ def seen(base: Observation, **changes: Any) -> Observation:
         (Observation(refusal=REFUSAL), Fail(REFUSAL)),
         (seen(SENT, refusal=REFUSAL, migrate=STARTED), Fail(REFUSAL)),
         # Nothing sent yet.
-        (Observation(), Enqueue("enqueueing migrate and warm")),
-        (Observation(consumers=0, queued=0), Enqueue("enqueueing migrate and warm")),
+        (Observation(), Enqueue("enqueueing the chain")),
+        (Observation(consumers=0, queued=0), Enqueue("enqueueing the chain")),
         (
             Observation(holder="pid 7"),
             Wait("a migration runs already, its lock is held by pid 7"),
