@@ -18,9 +18,14 @@ demo: venv ## start private servers, load modules, run init twice, import a modu
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" tools/demo
 
 .PHONY: test
-test: venv ## all tests but those below, then the unit tests on every other CPython here
+test: venv ## all tests but those below
 	tools/test-servers
-	$(PYTHON) -m pytest -n 2 -m "not faults" $(PYTEST_ARGS)
+	# More processes than cores: most of a test is waiting for servers.
+	$(PYTHON) -m pytest -n 4 -m "not faults" $(PYTEST_ARGS)
+
+.PHONY: test-pythons
+test-pythons: venv ## the unit tests on every other CPython that is here
+	tools/test-servers
 	tools/test-other-pythons
 
 .PHONY: check
