@@ -92,8 +92,7 @@ def init(
     Run to readiness or raise the error that says why not.
 
     with_worker: start a bootstrap worker on a queue of its own for as long as this takes. report: hears the progress
-    of the steps. Safe to be run by any
-    number of replicas, and to be killed at any instant.
+    of the steps. Safe to be run by any number of replicas, and to be killed at any instant.
     """
     try:
         with deadline.enforced(GRACE):
