@@ -13,10 +13,12 @@ from kombu import Exchange, Queue
 from bifrost_bootstrap.redis_server import celery_url
 from bifrost_bootstrap.settings import load
 from bifrost_bootstrap.tree import QUEUE
+from bifrost_bootstrap.urls import amqp_tls
 
 _settings = load(needs=("redis", "rabbitmq"))
+assert _settings.rabbitmq_url
 
-broker_url = _settings.rabbitmq_url
+broker_url, broker_use_ssl = amqp_tls(_settings.rabbitmq_url)
 result_backend = celery_url(_settings.redis)
 
 # Only JSON is accepted, from the broker and from the result backend.

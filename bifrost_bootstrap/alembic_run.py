@@ -19,6 +19,7 @@ from bifrost_bootstrap.errors import (
     BootstrapError,
     BusyError,
     MigrationError,
+    RefusedError,
     UnavailableError,
     VersionTableError,
     WrongDatabaseError,
@@ -31,7 +32,7 @@ from bifrost_bootstrap.tree import Tree
 
 logger = logging.getLogger(__name__)
 
-_LOCK_TIMEOUT = "55P03"
+_LOCK_TIMEOUT, _NO_RIGHT = "55P03", "42501"
 #: SQLSTATEs after which the same revision may succeed: deadlock, serialization, a statement that asyncpg prepared on
 #: another connection of a pooler (26000), and the classes of connection errors, shutdown and lack of resources.
 _TRANSIENT = ("40P01", "40001", "26000", "08", "57P", "53")
@@ -64,7 +65,7 @@ def upgrade(
 
     The deadline ends a statement that waits for somebody else's lock, and none that works.
 
-    Raises Retry, MigrationError, WrongDatabaseError, VersionTableError, UnavailableError.
+    Raises Retry, MigrationError, RefusedError, WrongDatabaseError, VersionTableError, UnavailableError.
     """
     request = {
         "mode": "upgrade",
@@ -179,6 +180,9 @@ class _Run:
             return Retry(_busy(event["revision"], self.watch))
         if event["disconnected"] or event["sqlstate"].startswith(_TRANSIENT):
             return Retry(UnavailableError(str(url), message))
+        if event["sqlstate"] == _NO_RIGHT and not event["revision"]:
+            # The version table could not be made: no revision is at fault.
+            return RefusedError(str(url), message)
         return MigrationError(
             event["revision"],
             event["title"],

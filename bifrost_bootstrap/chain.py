@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from kombu.exceptions import OperationalError
 
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
 from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
-from bifrost_bootstrap.errors import RefusedError, UnavailableError, masked, rebuild
+from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, masked, rebuild
 from bifrost_bootstrap.progress import (
     DEADLINE_HEADER,
     WANTED_HEADER,
@@ -24,6 +25,7 @@ from bifrost_bootstrap.progress import (
     progress_key,
     wanted_key,
 )
+from bifrost_bootstrap.tree import QUEUE
 
 #: Failures in which the work was lost, by the name of the exception: the next run may succeed.
 _LOST = {"WorkerLostError": "its worker was lost", "Terminated": "it was terminated",
@@ -66,6 +68,10 @@ def _broker_errors(server: str) -> Iterator[None]:
         yield
     except (OperationalError, *connection.connection_errors, *connection.channel_errors, RuntimeError) as error:
         text = masked(str(error).strip() or type(error).__name__)
+        if isinstance(error, ssl.SSLCertVerificationError):
+            raise CertificateError(server, text) from error
+        if isinstance(error, FileNotFoundError):
+            raise CertificateError(server, NO_TLS_FILE) from error
         if any(word in text for word in _REFUSALS):
             raise RefusedError(server, text) from error
         raise UnavailableError(server, text) from error
@@ -97,6 +103,9 @@ def send(
     if migrate:
         begin = app.signature(MIGRATE, immutable=True).set(task_id=sent.migrate, headers=first, **options)
         work = chain(begin, work)
+    # As workers announce each result. Where Redis refuses it to them, their tasks end without one, and only their log
+    # says why.
+    client.publish(app.backend.get_key_for_task(sent.first), b"")
     with _broker_errors(described()):
         want(client, sent)
         work.apply_async()
@@ -127,6 +136,14 @@ def queue_state(queue: str) -> QueueState:
                 return QueueState(0, 0)
             raise
         return QueueState(messages, consumers)
+
+
+def prove_rights() -> None:
+    """Declare the exchanges that a worker needs, as it will itself. Raises UnavailableError, RefusedError."""
+    with _broker_errors(described()), app.connection_for_write() as connection:
+        connection.connect()
+        for exchange in (app.amqp.queues[QUEUE].exchange, app.control.mailbox.exchange):
+            exchange(connection.default_channel).declare()
 
 
 def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:

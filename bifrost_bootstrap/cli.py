@@ -221,10 +221,10 @@ def worker() -> int:
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "rabbitmq", "tree")
         from bifrost_bootstrap import chain, waiting, worker
-        from bifrost_bootstrap.tree import QUEUE
 
-        # Celery itself would end with 0 where its login is refused, and try a wrong virtual host for ever.
-        waiting.wait_for({chain.described(): lambda: chain.queue_state(QUEUE)}, Deadline(settings.init_timeout))
+        # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
+        # virtual host for ever.
+        waiting.wait_for({chain.described(): chain.prove_rights}, Deadline(settings.init_timeout))
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
         # What Celery prints is no result.

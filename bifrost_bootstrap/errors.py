@@ -5,6 +5,7 @@ Every error of this program, with the exit code it ends in.
     ├── UsageError                64  a command was not told what it needs
     ├── SettingsError             78  a setting is missing or malformed; all faults at once
     ├── RefusedError              78  a server refuses us: password, database, rights
+    │   └── CertificateError      78  we refuse a server: its certificate is not what it should be
     ├── WrongDatabaseError        78  env.py migrates another database than the one that is locked
     ├── VersionTableError         78  the tree keeps its version in another table than we look at
     ├── PoolTooSmallError         78  a pooler gives one connection, a migration needs two
@@ -117,6 +118,20 @@ class RefusedError(BootstrapError):
     facts = ("server", "reason")
     text = "{server} refuses us: {reason}"
     advice = "check user, password, database name and rights in the server's URL"
+
+
+#: The reason of a CertificateError where the URL names a CA, certificate or key that is not there.
+NO_TLS_FILE = "a file that the URL names for TLS is not there"
+
+
+class CertificateError(RefusedError):
+    """A server's certificate is of an unknown CA, of another host, or expired. Waiting does not mend it."""
+
+    text = "{server} is not trusted: {reason}"
+    advice = (
+        "name the CA of its certificate in the server's URL (sslrootcert for PostgreSQL, ssl_ca_certs for Redis and "
+        "RabbitMQ), and the host as the certificate names it"
+    )
 
 
 class WrongDatabaseError(BootstrapError):

@@ -8,6 +8,7 @@ The contract with the platform's readers and writers: `bifrost:module:{path}` ho
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -131,6 +132,20 @@ end
 """
 
 
+@contextmanager
+def _rights_named(script: str) -> Iterator[None]:
+    """Raise NoPermissionError with the command where Redis names the line of the script only."""
+    try:
+        yield
+    except redis.ResponseError as error:
+        line = re.search(r"user executing the script can't .*user_script:(\d+)", str(error))
+        if line is None:
+            raise
+        called = re.findall(r"redis.p?call\('(\w+)'", script.splitlines()[int(line[1]) - 1])
+        words = f"a script needs {' and '.join(called).lower()}: {error}"
+        raise redis.exceptions.NoPermissionError(words) from error
+
+
 @dataclass(frozen=True)
 class Marker:
     """
@@ -201,7 +216,9 @@ class ModuleCache:
             with self._client.pipeline(transaction=False) as pipeline:
                 for one in slices:
                     pipeline.eval(_STATES, 1, ENTRY, *policy, *one)
-                for one, (found, off) in zip(slices, pipeline.execute(), strict=True):
+                with _rights_named(_STATES):
+                    answers = pipeline.execute()
+                for one, (found, off) in zip(slices, answers, strict=True):
                     tails.update(zip(one, found, strict=True))
                     off_policy.update(one[number] for number in off)
 
@@ -234,7 +251,8 @@ class ModuleCache:
 
     def renew(self, warm_id: str) -> None:
         """Let staged entries live as long again."""
-        self._client.eval(_RENEW, 2, stage_prefix(warm_id), plan_key(warm_id), STAGE_TTL)
+        with _rights_named(_RENEW):
+            self._client.eval(_RENEW, 2, stage_prefix(warm_id), plan_key(warm_id), STAGE_TTL)
 
     def switch(self, marker: Marker, planned: int) -> list[bytes]:
         """
@@ -245,7 +263,8 @@ class ModuleCache:
         """
         own = (stage_prefix(marker.warm_id), plan_key(marker.warm_id))
         arguments = (ENTRY, INDEX, MARKER, *own, marker.to_json(), self._ttl_ms, planned)
-        done, paths = self._client.eval(_SWITCH, 5, *arguments)
+        with _rights_named(_SWITCH):
+            done, paths = self._client.eval(_SWITCH, 5, *arguments)
         if not done:
             raise StagedLostError(f"what was staged was evicted before the switch, {paths[0]!r} among it")
         return list(paths)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from bifrost_bootstrap import settings as environment
-from bifrost_bootstrap.errors import MigrateGivenUpError
+from bifrost_bootstrap.errors import ExitCode, MigrateGivenUpError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,15 @@ class OwnWorker:
         return self
 
     def ensure_running(self) -> None:
-        """Start the worker, or start it again where it died. Raises GivenUp after `MOST_STARTS`."""
+        """
+        Start the worker, or start it again where it died.
+
+        Raises MigrateGivenUpError after `MOST_STARTS`, SettingsError where starting it again cannot help.
+        """
         if self._process and self._process.poll() is None:
             return
+        if self._process and self._process.returncode == ExitCode.CONFIGURATION:
+            raise SettingsError([f"the worker ended with code {ExitCode.CONFIGURATION}; the lines above it say why"])
         if self._process and self._starts >= MOST_STARTS:
             raise MigrateGivenUpError(self._starts, f"the worker ended with code {self._process.returncode}")
         if self._process:

@@ -12,7 +12,7 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, masked
+from bifrost_bootstrap.errors import BootstrapError, CertificateError, RefusedError, UnavailableError, masked
 from bifrost_bootstrap.urls import PostgresUrl
 
 Connection = psycopg.Connection[tuple[object, ...]]
@@ -30,7 +30,7 @@ KEEPALIVES = {
 }
 #: Words by which servers and poolers refuse a login; libpq gives no SQLSTATE for it.
 _REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no such database", "no such user",
-             "no pg_hba.conf entry", "not permitted", "permission denied", "certificate")  # fmt: skip
+             "no pg_hba.conf entry", "not permitted", "permission denied")  # fmt: skip
 
 
 class NoAnswer(psycopg.OperationalError):
@@ -99,7 +99,7 @@ def answering(connection: Connection, seconds: float) -> Iterator[None]:
 
 @contextmanager
 def translated(url: PostgresUrl) -> Iterator[None]:
-    """Raise RefusedError for a login, a right or a database, UnavailableError for a server that is away."""
+    """Raise RefusedError for a login, right or database, CertificateError, UnavailableError for what is away."""
     try:
         yield
     except psycopg.OperationalError as error:
@@ -114,6 +114,9 @@ def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> Bootstrap
     # libpq prefixes each line with the address; the last line is the one that counts, but for what libpq asks us.
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("?")]
     text = masked(lines[-1] if lines else type(error).__name__)
+    if error.sqlstate is None and "certificate" in str(error):
+        # libpq's advice is its last line, and says less.
+        return CertificateError(str(url), next((masked(line) for line in lines if "certificate" in line), text))
     if error.sqlstate is None and any(word in text for word in _REFUSALS):
         return RefusedError(str(url), text)
     return UnavailableError(str(url), text)

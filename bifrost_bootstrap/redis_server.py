@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from urllib.parse import urlsplit
 
 import redis
 
-from bifrost_bootstrap.errors import RefusedError, UnavailableError, WarmError, masked
+from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, WarmError, masked
 
 logger = logging.getLogger(__name__)
+
+TLS_SCHEMES = ("rediss", "valkeys")
 
 #: Seconds for one connection attempt, and for one answer; the longest of ours is the switch of a large change.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 30.0
@@ -48,7 +51,10 @@ def connect(url: str, *, answer_timeout: float = ANSWER_TIMEOUT) -> Iterator[red
 
 @contextmanager
 def translated(url: str) -> Iterator[None]:
-    """Raise RefusedError for a login or a right, UnavailableError for a server that is away, WarmError for a write."""
+    """
+    Raise RefusedError for a login or a right, CertificateError, UnavailableError for a server that is away, WarmError
+    for a write.
+    """
     server = described(url)
     try:
         yield
@@ -57,6 +63,11 @@ def translated(url: str) -> Iterator[None]:
     except redis.exceptions.ReadOnlyError as error:
         raise WarmError(f"{server} is a read-only replica; BIFROST_REDIS_URL must name the primary") from error
     except (redis.exceptions.BusyLoadingError, redis.ConnectionError, redis.TimeoutError, OSError) as error:
+        cause = error.__cause__ or error.__context__ or error
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise CertificateError(server, masked(str(error))) from error
+        if isinstance(cause, FileNotFoundError) and urlsplit(url).scheme in TLS_SCHEMES:
+            raise CertificateError(server, NO_TLS_FILE) from error
         raise UnavailableError(server, masked(str(error))) from error
     except redis.ResponseError as error:
         raise WarmError(f"{server} says: {masked(str(error))}") from error

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from bifrost_bootstrap.errors import SettingsError, remember_secret
-from bifrost_bootstrap.urls import PostgresUrl, parse_postgres
+from bifrost_bootstrap.urls import AMQPS_FILES, PostgresUrl, parse_postgres, several
 
 PREFIX = "BIFROST_"
 #: Variables that serve without the prefix where the prefixed one is absent.
@@ -49,8 +49,7 @@ def duration(value: object) -> float:
 
 def _server_url(*schemes: str) -> Any:
     def parse(value: object) -> object:
-        # Celery takes several brokers in turn, separated by semicolons.
-        for url in re.split(r";(?=\w+://)", str(value)):
+        for url in several(str(value)):
             _check_url(url, schemes)
         return str(value)
 
@@ -69,6 +68,11 @@ def _check_url(url: str, schemes: tuple[str, ...]) -> None:
     except ValueError:
         raise ValueError("is no well-formed URL; in a password write / as %2F, ? as %3F and # as %23") from None
     remember_secret(parts.password or "")
+    about_tls = {key for key, _ in parse_qsl(parts.query) if key.startswith("ssl_")}
+    if about_tls and not scheme.endswith("s"):
+        raise ValueError(f"has {', '.join(sorted(about_tls))}, but {scheme}:// is not encrypted; write {scheme}s://")
+    if scheme == "amqps" and (unknown := about_tls - AMQPS_FILES.keys()):
+        raise ValueError(f"has {', '.join(sorted(unknown))}; amqps:// knows {', '.join(AMQPS_FILES)}")
 
 
 def _postgres_url(value: object) -> object:

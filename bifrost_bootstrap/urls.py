@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from bifrost_bootstrap.errors import remember_secret
 
@@ -35,6 +35,8 @@ _URL = re.compile(
     rf"(?P<address>{_HOST}(?:,{_HOST})*(?:/[^@?#]*)?)(?:\?(?P<query>{_WORD}(?:&{_WORD})*)?)?",
     re.DOTALL,
 )
+#: Files that the query of an amqps:// URL may name, in the words of rediss://, and what py-amqp calls them.
+AMQPS_FILES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile"}
 _SCHEME = re.compile(r"[\w+.-]+://")
 _HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
 _STRAY_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -132,6 +134,34 @@ def _as_url(parameters: dict[str, str]) -> str:
     rest = {key: value for key, value in parameters.items() if key not in {"user", "password", "dbname"}}
     user = ":".join(quote(parameters[key], safe="") for key in ("user", "password") if key in parameters)
     return f"postgresql://{user}{'@' if user else ''}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(rest)}"
+
+
+def several(url: str) -> list[str]:
+    """Celery takes several brokers in turn, separated by semicolons."""
+    return re.split(r";(?=\w+://)", url)
+
+
+def amqp_tls(url: str) -> tuple[str, dict[str, object]]:
+    """
+    A broker's URL without what its query says about TLS, and that as Celery's `broker_use_ssl`.
+
+    For amqps:// the server's certificate and its name are checked: py-amqp by itself compares no name, and no URL
+    of its own can name a CA. Of several brokers the first one's files and name count for all. Empty for any other
+    scheme.
+    """
+    import ssl
+
+    first = urlsplit(several(url)[0])
+    if first.scheme != "amqps":
+        return url, {}
+    files = {AMQPS_FILES[key]: value for key, value in parse_qsl(first.query) if key in AMQPS_FILES}
+    plain = (urlsplit(one) for one in several(url))
+    rest = (
+        one._replace(query=urlencode([pair for pair in parse_qsl(one.query) if pair[0] not in AMQPS_FILES]))
+        for one in plain
+    )
+    tls = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": first.hostname or "localhost", **files}
+    return ";".join(one.geturl() for one in rest), tls
 
 
 def digest(*words: str) -> str:

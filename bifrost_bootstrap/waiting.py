@@ -9,7 +9,7 @@ from queue import Empty, Queue
 from threading import Event, Thread
 
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import RefusedError, UnavailableError
+from bifrost_bootstrap.errors import CertificateError, RefusedError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
     Call each look until it no longer raises UnavailableError or RefusedError.
 
     Returns what had to be waited for. Raises the error of a server at the deadline, a RefusedError that lasts
-    longer than `REFUSAL_PATIENCE`, and any other error of a look at once.
+    longer than `REFUSAL_PATIENCE`, and a CertificateError and any other error of a look at once.
     """
     since = Deadline(deadline.remaining)
     missing: dict[str, BaseException] = {server: UnavailableError(server, "no answer yet") for server in servers}
@@ -66,7 +66,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
             missing[server] = error
             if not isinstance(error, RefusedError):
                 refused.pop(server, None)
-            elif refused.setdefault(server, Deadline(REFUSAL_PATIENCE)).passed:
+            elif refused.setdefault(server, Deadline(REFUSAL_PATIENCE)).passed or isinstance(error, CertificateError):
                 raise error
             if not isinstance(error, UnavailableError | RefusedError):
                 raise error

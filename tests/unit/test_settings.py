@@ -174,6 +174,20 @@ def test_server_urls(variable: str, url: str) -> None:
     assert getattr(settings, variable.removeprefix("BIFROST_").lower()) == url
 
 
+@pytest.mark.parametrize(
+    ("variable", "url", "named"),
+    [
+        ("BIFROST_REDIS_URL", "redis://h/0?ssl_ca_certs=/ca", "ssl_ca_certs, but redis:// is not encrypted"),
+        ("BIFROST_RABBITMQ_URL", "amqp://h//?ssl_ca_certs=/ca", "ssl_ca_certs, but amqp:// is not encrypted"),
+        ("BIFROST_RABBITMQ_URL", "amqps://h//?ssl_cert_reqs=none", "ssl_cert_reqs; amqps:// knows ssl_ca_certs"),
+    ],
+)
+def test_tls_that_a_url_asks_for_and_does_not_get(variable: str, url: str, named: str) -> None:
+    """A CA for a connection that is not encrypted, or a word that nobody reads, is a fault and not ignored."""
+    message = fault({variable: url})
+    assert message.startswith(f"configuration: {variable} has {named}")
+
+
 @pytest.mark.parametrize("variable", ["BIFROST_REDIS_URL", "BIFROST_RABBITMQ_URL"])
 @pytest.mark.parametrize(
     "text",

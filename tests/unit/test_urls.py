@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 from urllib.parse import quote
 
 import pytest
 import sqlalchemy
 
 from bifrost_bootstrap.errors import masked
-from bifrost_bootstrap.urls import ASYNCPG_ONLY, digest, parse_postgres
+from bifrost_bootstrap.urls import ASYNCPG_ONLY, amqp_tls, digest, parse_postgres
 
 PARTS = {"host": "db.example", "port": "5433", "user": "bifrost", "password": "secret-word", "dbname": "platform"}
 
@@ -189,3 +190,24 @@ def test_digest_separates_words() -> None:
     assert digest("ab", "c") != digest("a", "bc")
     assert digest("ab", "c") == digest("ab", "c")
     assert len(digest("x")) == 12
+
+
+@pytest.mark.parametrize("url", ["amqp://u:p%40@h//", "amqp://u@one//;amqp://u@two//", "redis://h/0"])
+def test_a_broker_without_tls_is_left_alone(url: str) -> None:
+    """Nothing is asked of a connection that is not encrypted."""
+    assert amqp_tls(url) == (url, {})
+
+
+@pytest.mark.parametrize(
+    ("url", "plain", "files"),
+    [
+        ("amqps://u:p%40@h:5671/v", "amqps://u:p%40@h:5671/v", {}),
+        ("amqps://h//?ssl_ca_certs=/a%20b.pem", "amqps://h//", {"ca_certs": "/a b.pem"}),
+        ("amqps://h//?heartbeat=5&ssl_ca_certs=/ca", "amqps://h//?heartbeat=5", {"ca_certs": "/ca"}),
+        ("amqps://h//?ssl_certfile=/c&ssl_keyfile=/k", "amqps://h//", {"certfile": "/c", "keyfile": "/k"}),
+        ("amqps://h//?ssl_ca_certs=/ca;amqps://i//?ssl_ca_certs=/ca", "amqps://h//;amqps://i//", {"ca_certs": "/ca"}),
+    ],
+)
+def test_tls_of_a_broker(url: str, plain: str, files: dict[str, str]) -> None:
+    """Certificate and host name are checked, whatever the URL says; the files it names become Celery's."""
+    assert amqp_tls(url) == (plain, {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": "h", **files})

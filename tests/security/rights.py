@@ -1,0 +1,117 @@
+"""The users of docs/security.md on real servers, made by the page's own commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from psycopg import sql
+
+from tests.faults.stack import Deployment
+from tests.servers import PLANTED_PASSWORD
+from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
+from tests.servers.postgres import PROGRAM_FOLDERS
+from tests.servers.process import find_program
+
+PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+USER = "bifrost_bootstrap"
+MIGRATE, READ = "bifrost_migrate", "bifrost_read"
+#: Seconds for the commands of one block; rabbitmqctl takes 2 on an idle machine.
+PATIENCE = 120
+Change = Callable[[str], str]
+
+
+def commands(name: str) -> str:
+    """The shell commands below the comment `<!-- rights: {name} -->` of the page."""
+    found = re.search(rf"<!-- rights: {re.escape(name)} -->\n```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert found, f"no commands for {name!r} in {PAGE}"
+    return found[1]
+
+
+def without(text: str) -> Change:
+    """The commands without this text, which has to be there; without all of a line that begins with it."""
+
+    def change(block: str) -> str:
+        assert text in block, f"{text!r} is not in the commands: {block}"
+        lines = [line.replace(text, "") for line in block.splitlines() if not line.startswith(text)]
+        return "\n".join(lines) + "\n"
+
+    return change
+
+
+@dataclass
+class Rights:
+    """A deployment whose users have the rights of the page, and `env`, what a container is given that uses them."""
+
+    deployment: Deployment
+    programs: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        stack, database = self.deployment.stack, self.deployment.database.name
+        login = f"{USER}:{PLANTED_PASSWORD_QUOTED}@127.0.0.1"
+        return self.deployment.environment(stack.init_lines) | {
+            "BIFROST_DATABASE_URL": stack.postgres.url(database, user=READ),
+            "BIFROST_MIGRATION_DATABASE_URL": stack.postgres.url(database, user=MIGRATE),
+            "BIFROST_REDIS_URL": f"redis://{login}:{stack.redis.port}/0",
+            "BIFROST_RABBITMQ_URL": f"amqp://{login}:{stack.rabbitmq.port}/{self.deployment.vhost}",
+        }
+
+    def grant(self, name: str, change: Change = str) -> None:
+        """Run the page's commands of this name, changed by the test."""
+        block = change(commands(name))
+        assert block != commands(name) or change is str
+        stack = self.deployment.stack
+        environment = {
+            "PATH": f"{self.programs}:{os.environ['PATH']}",
+            "PASSWORD": PLANTED_PASSWORD,
+            "VHOST": self.deployment.vhost,
+            "PGHOST": stack.postgres.host,
+            "PGPORT": str(stack.postgres.port),
+            "PGUSER": "postgres",
+            "PGPASSWORD": PLANTED_PASSWORD,
+            "PGDATABASE": self.deployment.database.name,
+        }
+        done = subprocess.run(
+            ["sh", "-euc", block], env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not re.search("(?m)^(ERR|WRONG|NOPERM)", done.stdout), done.stdout
+
+
+@contextmanager
+def no_rights(deployment: Deployment, folder: Path) -> Iterator[Rights]:
+    """Nobody has any right yet; the users that were made are gone afterwards, as they belong to the whole server."""
+    stack = deployment.stack
+    folder.mkdir()
+    redis_cli = find_program("redis-cli", "/usr/local/bin", "/opt/homebrew/bin")
+    _program(folder / "psql", {}, find_program("psql", *PROGRAM_FOLDERS))
+    _program(folder / "redis-cli", {"REDISCLI_AUTH": PLANTED_PASSWORD}, redis_cli, "-p", str(stack.redis.port))
+    node = f"{stack.rabbitmq.name}@localhost"
+    ctl = stack.rabbitmq.data / "rabbitmq" / "sbin" / "rabbitmqctl"
+    _program(folder / "rabbitmqctl", stack.rabbitmq.environment(), str(ctl), "--quiet", "--node", node)
+    try:
+        yield Rights(deployment, folder)
+    finally:
+        deployment.commands.close()
+        stack.rabbitmq.evaluate(f'catch rabbit_auth_backend_internal:delete_user(<<"{USER}">>, <<"tests">>)')
+        with stack.redis.client() as client:
+            client.execute_command("ACL", "DELUSER", USER)
+        with stack.postgres.admin(deployment.database.name) as admin:
+            for role in (MIGRATE, READ):
+                if admin.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,)).fetchone():
+                    admin.execute(sql.SQL("DROP OWNED BY {} CASCADE").format(sql.Identifier(role)))
+                    admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+def _program(file: Path, environment: dict[str, str], *words: str) -> None:
+    """A program of this name that talks to the server of the test."""
+    settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items() if name != "PATH")
+    file.touch(mode=0o700)
+    file.write_text(f'#!/bin/sh\n{settings}exec {shlex.join(words)} "$@"\n')
