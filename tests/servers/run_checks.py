@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from tests.servers.leaks import leaks_below, leaks_in
+from tests.servers.leaks import leaks_below, leaks_in, leaks_in_processes
 from tests.servers.process import RunFolder, end_processes
 
 #: How the reason of a test begins that had no server; the summary counts by it.
@@ -38,6 +38,9 @@ class RunChecks:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._search(report)
+        if report.when == "call":
+            # What the test has started and its fixtures have yet to end; under xdist the next may have begun.
+            self.faults += [f"the planted password is in {place}" for place in leaks_in_processes(self.run.root.name)]
         if not report.passed and LACKS_SERVER in report.longreprtext + str(report.longrepr):
             self.lacked_server.add(report.nodeid)
 
