@@ -29,12 +29,13 @@ test-pythons: venv ## the unit tests on every other CPython that is here
 	tools/test-other-pythons
 
 .PHONY: check
-check: venv ## format, lint, types, import contracts, lock files, Kubernetes manifests, size
+check: venv ## format, lint, types, import contracts, lock files, known vulnerabilities, Kubernetes manifests, size
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-logo
 	$(PYTHON) tools/check-locks
+	$(PYTHON) tools/audit
 	$(PYTHON) tools/write-docs --check
 	$(PYTHON) -m pytest -q tests/kube/test_manifests.py
 	$(PYTHON) tools/count-lines
@@ -79,13 +80,18 @@ race: venv ## the tests that race processes against each other, many times (RACE
 docs: venv ## write anew what the docs repeat of the code
 	$(PYTHON) tools/write-docs
 
+.PHONY: screenshot
+screenshot: venv ## docs/flower.png anew: the task list after an init, in a browser
+	tools/test-servers
+	SCREENSHOT=docs/flower.png $(PYTHON) -m pytest -q tests/security/test_flower.py -k browser
+
 .PHONY: lock
 lock: ## write requirements/*.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)
 	@UPGRADE=$(UPGRADE) tools/lock
 
 .PHONY: clean
 clean: ## delete what this Makefile and the tools have made
-	rm -rf .venv .venv-3.* .venv.lock .lock-venv build dist *.egg-info
+	rm -rf .venv .venv-3.* .venv.lock .lock-venv .audit-venv build dist *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

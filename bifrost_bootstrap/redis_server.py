@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 import redis
 
 from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, WarmError, masked
+from bifrost_bootstrap.urls import TLS_SCHEMES
 
 logger = logging.getLogger(__name__)
-
-TLS_SCHEMES = ("rediss", "valkeys")
 
 #: Seconds for one connection attempt, and for one answer; the longest of ours is the switch of a large change.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 30.0

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from bifrost_bootstrap.errors import SettingsError, remember_secret
-from bifrost_bootstrap.urls import AMQPS_FILES, PostgresUrl, parse_postgres, several
+from bifrost_bootstrap.urls import AMQPS_FILES, TLS_SCHEMES, PostgresUrl, parse_postgres, several
 
 PREFIX = "BIFROST_"
 #: Variables that serve without the prefix where the prefixed one is absent.
@@ -69,7 +69,7 @@ def _check_url(url: str, schemes: tuple[str, ...]) -> None:
         raise ValueError("is no well-formed URL; in a password write / as %2F, ? as %3F and # as %23") from None
     remember_secret(parts.password or "")
     about_tls = {key for key, _ in parse_qsl(parts.query) if key.startswith("ssl_")}
-    if about_tls and not scheme.endswith("s"):
+    if about_tls and scheme not in TLS_SCHEMES:
         raise ValueError(f"has {', '.join(sorted(about_tls))}, but {scheme}:// is not encrypted; write {scheme}s://")
     if scheme == "amqps" and (unknown := about_tls - AMQPS_FILES.keys()):
         raise ValueError(f"has {', '.join(sorted(unknown))}; amqps:// knows {', '.join(AMQPS_FILES)}")

@@ -35,6 +35,8 @@ _URL = re.compile(
     rf"(?P<address>{_HOST}(?:,{_HOST})*(?:/[^@?#]*)?)(?:\?(?P<query>{_WORD}(?:&{_WORD})*)?)?",
     re.DOTALL,
 )
+#: Schemes of Redis and broker whose connections are encrypted.
+TLS_SCHEMES = frozenset({"amqps", "rediss", "valkeys"})
 #: Files that the query of an amqps:// URL may name, in the words of rediss://, and what py-amqp calls them.
 AMQPS_FILES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile"}
 _SCHEME = re.compile(r"[\w+.-]+://")

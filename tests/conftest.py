@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -39,7 +39,7 @@ from tests.servers import (
 )
 from tests.servers.command import DEFAULT_TIMEOUT, Commands
 from tests.servers.redis import DATABASES
-from tests.servers.run_checks import RunChecks, lacks_server
+from tests.servers.run_checks import RunChecks, lacks_server, note_leaks_in_processes
 
 #: Variables that reach no test and no process of a test, by prefix and by name: what a developer has set for other
 #: purposes must not change a result.
@@ -67,6 +67,8 @@ class Outside:
         self.redis_url = environ.get("BIFROST_TEST_REDIS_URL")
         self.rabbitmq_url = environ.get("BIFROST_TEST_RABBITMQ_URL")
         self.in_ci = bool(environ.get("CI"))
+        #: Where the browser test leaves a picture of Flower; `make screenshot` sets it.
+        self.screenshot = environ.get("SCREENSHOT")
 
 
 RUN = pytest.StashKey[RunFolder]()
@@ -93,6 +95,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_configure_node(node: Any) -> None:
     """Tell an xdist worker where this run keeps its files."""
     node.workerinput["run_folder"] = str(node.config.stash[RUN].root)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In the process that runs the test: what it has started may be gone when the report has arrived elsewhere."""
+    report = yield
+    note_leaks_in_processes(report, item.config.stash[RUN])
+    return report
 
 
 def _interrupt(number: int, frame: object) -> None:

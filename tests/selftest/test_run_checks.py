@@ -56,6 +56,10 @@ def test_stderr():
 def test_argument(run_command):
     run_command(["true", PLANTED_PASSWORD])
 
+def test_process_list(start_command):
+    program = ["sh", "-c", 'exec sh -c "echo ready; sleep 600; :" sh "$WORDS"']
+    start_command(program, env={"WORDS": PLANTED_PASSWORD}).wait_for("ready", stream="stdout")
+
 def test_fine(run_command):
     assert run_command(["echo", "hello"]).stdout == "hello\\n"
 
@@ -160,16 +164,18 @@ def test_s4_faults_of_a_run_are_found_where_all_tests_pass(inner: Pytest, option
     in what pytest captured; a process left running is found and killed; each fails a run without a failing test.
     """
     done = inner.run(WRONG, *options)
-    assert "9 passed" in done.stdout, done.stdout
+    assert "10 passed" in done.stdout, done.stdout
     assert done.returncode == 1
     faults = done.stdout.partition("faults of the whole run")[2]
     places = re.findall(r"the planted password is in (.*)", faults)
     worker = "gw0" if options else "main"
-    assert sorted(re.sub(r"^/\S*/|(?<=txt) .*", "", place) for place in places) == [
+    places = [re.sub(r"the arguments of process \d+ \(\S*\)", "process list", place) for place in places]
+    assert sorted({re.sub(r"^/\S*/|(?<=txt) .*", "", place) for place in places}) == [
         f"{worker}-command-1.stderr (byte 3)",
         f"{worker}-command-2.stderr (byte 3)",
         f"{worker}-command-3.stderr (byte 7)",
         f"{worker}-commands.txt",
+        "process list",
         *(f"the report of test_inner.py::test_{name}" for name in ("log", "print", "stderr")),
     ]
     assert not leaks_in(faults)

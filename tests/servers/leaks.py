@@ -1,7 +1,8 @@
-"""The password that every private server wants, and the search for it in everything a run has put out."""
+"""The password that every private server wants, and the search for it in everything a run puts out or shows."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -39,3 +40,18 @@ def leaks_below(folder: Path) -> Iterator[str]:
                     break
                 start += len(chunk)
                 tail = window[-overlap:]
+
+
+def leaks_in_processes(mark: str) -> Iterator[str]:
+    """Name every process with the planted password in its arguments, where any user of the machine may read it.
+
+    Only those whose environment holds the mark: somebody else's test run may plant leaks of its own. Linux only.
+    """
+    marks = [word.encode() for word in LEAK_MARKS]
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes()
+            if any(word in arguments for word in marks) and mark.encode() in (folder / "environ").read_bytes():
+                yield f"the arguments of process {folder.name} ({os.fsdecode(arguments.partition(bytes(1))[0])})"
+        except OSError:
+            continue  # it has ended, or is not ours

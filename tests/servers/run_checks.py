@@ -7,11 +7,13 @@ from typing import NoReturn
 
 import pytest
 
-from tests.servers.leaks import leaks_below, leaks_in
+from tests.servers.leaks import leaks_below, leaks_in, leaks_in_processes
 from tests.servers.process import RunFolder, end_processes
 
 #: How the reason of a test begins that had no server; the summary counts by it.
 LACKS_SERVER = "no server:"
+#: The property of a test's report that names a process with the password in its arguments.
+LEAK = "leak"
 #: How pytest ends when no test has failed.
 GOOD = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
@@ -22,6 +24,12 @@ def lacks_server(reason: object, *, in_ci: bool) -> NoReturn:
     if in_ci:
         pytest.fail(text, pytrace=False)
     pytest.skip(text)
+
+
+def note_leaks_in_processes(report: pytest.TestReport, run: RunFolder) -> None:
+    """Look at what a test has started before its fixtures end it; the process that reports reads the note."""
+    if report.when == "call":
+        report.user_properties += [(LEAK, place) for place in leaks_in_processes(run.root.name)]
 
 
 class RunChecks:
@@ -38,6 +46,7 @@ class RunChecks:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._search(report)
+        self.faults += [f"the planted password is in {value}" for name, value in report.user_properties if name == LEAK]
         if not report.passed and LACKS_SERVER in report.longreprtext + str(report.longrepr):
             self.lacked_server.add(report.nodeid)
 

@@ -1,0 +1,39 @@
+"""S4: no secret in the process list; tests/servers/run_checks.py searches all output, test_flower.py Flower's pages."""
+
+from __future__ import annotations
+
+from tests.conftest import StartCommand
+from tests.faults.stack import Deployment
+from tests.servers import PLANTED_PASSWORD, RunFolder
+from tests.servers.leaks import leaks_in_processes
+from tests.servers.process import wait_until
+
+
+def test_s04_no_secret_in_the_process_list(deployment: Deployment, run_folder: RunFolder) -> None:
+    """While a revision runs: init, the worker it brought along, the task's process and the tree's have none."""
+    deployment.hold("migrating")
+    init = deployment.start_init(own=True)
+    deployment.wait_reached("migrating")
+    lines = [" ".join(process.cmdline()) for process in init.descendants()]
+    assert any("alembic_child" in line for line in lines), lines
+    assert sum("bifrost_bootstrap worker" in line for line in lines) >= 2, lines
+    assert not list(leaks_in_processes(run_folder.root.name))
+    deployment.release()
+    assert init.wait().returncode == 0
+
+
+def test_s04_a_secret_in_the_process_list_is_found(start_command: StartCommand, run_folder: RunFolder) -> None:
+    """The control: a process that has the password among its arguments is named, without its arguments."""
+
+    def found() -> list[str]:
+        return list(leaks_in_processes(run_folder.root.name))
+
+    program = ["sh", "-c", 'exec sh -c "sleep 600; :" sh "$WORDS"']
+    careless = start_command(program, env={"PATH": "/usr/bin:/bin", "WORDS": PLANTED_PASSWORD})
+    try:
+        wait_until(lambda: bool(found()), "the secret is in the process list")
+        assert found() == [f"the arguments of process {careless.pid} (sh)"]
+    finally:
+        # Before the run itself looks.
+        careless.end()
+    assert found() == []
