@@ -36,7 +36,7 @@ def browser(run: RunFolder) -> Iterator[Chrome]:
         "--disable-dev-shm-usage",  # 64 MB in a container
         "--disable-gpu",
         "--no-first-run",
-        "--window-size=1440,680",
+        "--window-size=1440,780",
         f"--user-data-dir={home / 'profile'}",
     ):
         options.add_argument(argument)
