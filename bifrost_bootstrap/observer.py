@@ -143,5 +143,6 @@ class Observer:
 
     def _look_at_queue(self) -> None:
         self._queue_state = chain.queue_state(self._queue)
-        if self._queue_state.messages:
+        # Once taken, ours is none of those that wait.
+        if self._queue_state.messages and not self._taken:
             self._last_sign = Deadline(0)

@@ -291,7 +291,7 @@ def test_no_password_at_any_verbosity(
     ]
     codes = [done.returncode for done in outputs]
     assert codes[0] == 1
-    assert codes[2:] == [78, 78]
+    assert codes[2:] == [64, 78]
     outputs.append(worker.terminate())
     for done in outputs:
         assert done.stderr

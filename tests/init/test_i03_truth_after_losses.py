@@ -6,8 +6,11 @@ Restarts of each server and of the worker in each phase: tests/faults, of which 
 from __future__ import annotations
 
 import json
+import re
 
-from tests.faults.stack import COMPLETE, PREFIX, REVISIONS, Deployment
+from bifrost_bootstrap.progress import held_key
+from tests.faults.stack import COMPLETE, PHASE_TIMEOUT, PREFIX, REVISIONS, Deployment
+from tests.servers.process import wait_until
 
 
 def test_i03_flushed_between_the_end_and_the_look(deployment: Deployment) -> None:
@@ -67,6 +70,10 @@ def test_i03_worker_killed_while_it_held_the_chain(deployment: Deployment) -> No
     deployment.wait_reached("warming")
     second = deployment.start_init()
     worker.wait_for(r"(?s)migrate\[\S+\] received.*migrate\[\S+\] received")
+    held = held_key(re.findall(r"migrate\[(\S+)\] received", worker.stderr.read_text())[1])
+    with deployment.stack.redis.client() as client:
+        # It outlives the worker long enough for init to see it.
+        wait_until(lambda: client.exists(held) == 1, "the worker vouches for what it holds", PHASE_TIMEOUT)
     worker.kill()
     deployment.release()
     second.wait_for("the worker that held the chain has gone; enqueueing again")
