@@ -20,11 +20,13 @@ _MODULES: LiteralString = (
     " FROM workspace_files WHERE entity_type = 'module' AND NOT is_deleted AND content IS NOT NULL"
 )
 #: UTF-8 whatever the encoding of the database.
-_PATH_AND_HASH: LiteralString = "convert_to(path, 'UTF8'), content_hash"
+_PATH: LiteralString = "convert_to(path, 'UTF8')"
+#: How the entry of a row ends if its `content_hash` is right.
+_TAIL: LiteralString = """convert_to(content_hash || '"}', 'UTF8')"""
 _COMPUTED_HASH: LiteralString = "encode(sha256(convert_to(content, 'UTF8')), 'hex')"
 #: `content_hash` is trusted where it is this many of these. (A regular expression in the query would take longer
 #: than all the rest of a comparison.)
-_HASH_DIGITS, _DIGITS = 64, "0123456789abcdef"
+_HASH_DIGITS, _DIGITS = 64, b"0123456789abcdef"
 #: The kinds of difference, each a list of paths in `CacheDiff`.
 KINDS = ("added", "changed", "removed", "expiring")
 #: Paths of each kind that a report names.
@@ -33,6 +35,10 @@ NAMED_PATHS = 10
 _ROWS_A_FETCH, _PATHS_A_QUERY = 5000, 1000
 #: The brake: a warm that removes more entries than this, and more than this share of the index, stops.
 SHRINK_ENTRIES, SHRINK_SHARE = 20, 0.5
+
+
+#: Path and content of a row, and how its entry ends if its `content_hash` is right.
+Content = tuple[str, str, bytes | None]
 
 
 @dataclass
@@ -57,7 +63,12 @@ class CacheDiff:
 
     @property
     def empty(self) -> bool:
-        return not (self.added or self.changed or self.removed or self.expiring)
+        return self.complete and not self.expiring
+
+    @property
+    def complete(self) -> bool:
+        """Whether the cache holds what the rows say; entries may still have another time to live than they should."""
+        return not (self.added or self.changed or self.removed)
 
     @property
     def shrinks(self) -> bool:
@@ -95,16 +106,16 @@ class Snapshot:
         self._connection = connection
         self.heads = postgres.database_heads(connection, version_table)
 
-    def hashes(self) -> Iterator[tuple[bytes | None, str | None]]:
-        """Path and `content_hash` of every module, as they are written there."""
+    def tails(self) -> Iterator[tuple[bytes | None, bytes | None]]:
+        """Path of every module, and how its entry ends if its `content_hash` is right."""
         with self._connection.cursor("modules", binary=True) as cursor:
-            cursor.execute(f"SELECT {_PATH_AND_HASH}{_MODULES}")
+            cursor.execute(f"SELECT {_PATH}, {_TAIL}{_MODULES}")
             while rows := cursor.fetchmany(_ROWS_A_FETCH):
                 yield from rows  # type: ignore[misc]
 
     def computed_hashes(self, paths: list[bytes]) -> Iterator[tuple[bytes, str]]:
         """Path and the hash of what is in the row; slow, as PostgreSQL reads all of the content."""
-        query: LiteralString = f"SELECT convert_to(path, 'UTF8'), {_COMPUTED_HASH}{_MODULES} AND path = ANY(%s)"
+        query: LiteralString = f"SELECT {_PATH}, {_COMPUTED_HASH}{_MODULES} AND path = ANY(%s)"
         for part in _parts(paths):
             yield from self._connection.cursor(binary=True).execute(query, (part,))
 
@@ -113,15 +124,15 @@ class Snapshot:
         query: LiteralString = f"SELECT coalesce(sum(octet_length(content)), 0){_MODULES} AND path = ANY(%s)"
         return sum(int(str(postgres.scalar(self._connection, query, part))) for part in _parts(paths))
 
-    def contents(self, paths: list[bytes], *, all_rows: bool) -> Iterator[tuple[str, str, str | None]]:
-        """Path, content and `content_hash` of these modules; `all_rows` reads all, which is faster for most of them."""
-        query: LiteralString = f"COPY (SELECT path, content, content_hash{_MODULES}"
+    def contents(self, paths: list[bytes], *, all_rows: bool) -> Iterator[Content]:
+        """These modules; `all_rows` reads all, which is faster for most of them."""
+        query: LiteralString = f"COPY (SELECT path, content, {_TAIL}{_MODULES}"
         wanted = set(paths) if all_rows else set()
         with self._connection.cursor() as cursor:
             for part in [None] if all_rows else _parts(paths):
                 where: LiteralString = " AND path = ANY(%s)" if part else ""
                 with cursor.copy(f"{query}{where}) TO STDOUT (FORMAT binary)", (part,) if part else None) as copy:
-                    copy.set_types(("text", "text", "text"))
+                    copy.set_types(("text", "text", "bytea"))
                     for row in copy.rows():
                         if part or (row[0] is not None and row[0].encode() in wanted):
                             yield row
@@ -151,26 +162,29 @@ def snapshots(url: PostgresUrl, version_table: str) -> Iterator[Callable[[], Abs
             yield take
         except psycopg.errors.UndefinedTable as error:
             raise WarmError(f"{url} has no table workspace_files; migrate first") from error
-        except psycopg.errors.UndefinedColumn as error:
-            raise WarmError(f"table workspace_files of {url}: {error.diag.message_primary}") from error
+        except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.InsufficientPrivilege):
+            raise
+        except psycopg.Error as error:
+            raise WarmError(f"table workspace_files of {url}: {error.diag.message_primary or error}") from error
 
 
-def trusted(content_hash: str | None) -> str | None:
-    """The hash that a row says, or None where that is no sha-256 in hex."""
-    if content_hash is None or len(content_hash) != _HASH_DIGITS:
+def trusted(said: bytes | None) -> str | None:
+    """The hash with which an entry ends by its row, or None where that is no sha-256 in hex."""
+    if said is None or len(said) != module_cache.TAIL:
         return None
-    digits = content_hash.lower()
-    return None if digits.strip(_DIGITS) else digits
+    digits = said[:_HASH_DIGITS].lower()
+    return None if digits.translate(None, _DIGITS) else digits.decode()
 
 
 def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> CacheDiff:
     """
-    Compare the cache with a snapshot that was taken **after** the states were read. The states are used up.
+    Compare the cache with a snapshot that was taken **after** the states were true.
 
     `full`: every entry counts as changed.
     """
     diff = CacheDiff(indexed=len(states.tails))
-    take, loose, off_policy = states.tails.pop, states.loose, states.off_policy
+    tails, loose, off_policy = states.tails, states.loose, states.off_policy
+    matched = 0
 
     def sort(path: bytes, found: bytes, *, indexed: bool, same: bool) -> None:
         if not same:
@@ -183,15 +197,23 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
 
     # Entries that are not as their row says, but perhaps as its content is: `content_hash` lies, or is none.
     doubtful: dict[bytes, bytes] = {}
-    for path, content_hash in rows.hashes():
+    for path, said in rows.tails():
         if path is None or path == module_cache.COLLIDING_PATH:
             why = "its entry would be the index itself" if path else "a module without a path"
             diff.odd.append((path.decode() if path else "", why))
             continue
         diff.modules += 1
-        indexed = take(path, None)
+        indexed = tails.get(path)
+        matched += indexed is not None
+        # So it is for nearly all of them, and what follows would take five times as long.
+        if (
+            said
+            and indexed == said
+            and not (said[:_HASH_DIGITS].translate(None, _DIGITS) or full or path in off_policy)
+        ):
+            continue
         found = loose.get(path, b"") if indexed is None else indexed
-        wanted = trusted(content_hash)
+        wanted = trusted(said)
         same = not full and wanted is not None and found == module_cache.tail(wanted)
         if same or full or not found:
             sort(path, found, indexed=indexed is not None, same=same)
@@ -199,9 +221,11 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
             doubtful[path] = found
     for path, computed in rows.computed_hashes(list(doubtful)):
         found = doubtful[path]
-        sort(path, found, indexed=path not in loose, same=found == module_cache.tail(computed))
-    diff.removed = list(states.tails)
-    diff.compared |= states.tails
+        sort(path, found, indexed=path in tails, same=found == module_cache.tail(computed))
+    if matched < len(tails):
+        present = {path for path, _ in rows.tails() if path != module_cache.COLLIDING_PATH}
+        diff.removed = [path for path in tails if path not in present]
+        diff.compared |= {path: tails[path] for path in diff.removed}
     return diff
 
 

@@ -36,10 +36,11 @@ STAGE_TTL, FILL_TTL = 300, 3600
 #: Such calls sent in one go, so that Redis works on the next while we read the last.
 READ_AHEAD = 8
 
-# A key of another type has no tail that a row could have.
+# A key of another type has no tail that a row could have. Numbers as strings: Redis formats each anew otherwise.
 _TAIL_OF = """
+local call, pcall = redis.call, redis.pcall
 local function tail_of(key)
-  local tail = redis.pcall('GETRANGE', key, -66, -1)
+  local tail = pcall('GETRANGE', key, '-66', '-1')
   if type(tail) == 'table' then return '!' end
   return tail
 end
@@ -50,74 +51,102 @@ end
 _STATES = (
     _TAIL_OF
     + """
-local least, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local prefix, paths = KEYS[1], ARGV
+local least, most = tonumber(paths[1]), tonumber(paths[2])
 local tails, off = {}, {}
-for i = 3, #ARGV do
-  local key = KEYS[1] .. ARGV[i]
-  local tail, left = tail_of(key), redis.call('PTTL', key)
-  tails[i - 2] = tail
+for i = 3, #paths do
+  local key = prefix .. paths[i]
+  local left = call('PTTL', key)
+  tails[i - 2] = tail_of(key)
   if left ~= -2 and (left < least or left > most) then off[#off + 1] = i - 3 end
 end
 return {tails, off}
 """
 )
 
-# KEYS: entry prefix, index, marker, stage prefix, plan. ARGV: marker, milliseconds to live (0: none), entries planned.
+# KEYS: entry prefix, index, marker, stage prefix, plan. ARGV: marker, milliseconds to live (0: none), entries planned,
+# marker that was read before the entries.
 # The plan is a list of triples: operation, path, and the tail that the path's entry must have.
-# Returns {0, what is missing} when something staged is gone and nothing was written, else {1, paths left alone}.
+# Returns {0, what is missing} when something staged is gone and nothing was written, else {1, paths left alone, 1 where
+# nobody else has switched since the entries were read}.
 #
-# A script has no rollback. So everything is checked before the first write, and the first write is a SET, which
-# Redis refuses when it is out of memory, cannot persist, or is a replica; after it no command is refused.
+# A marker that says "settled" speaks for the cache as it was read. Where another warm has switched since, only that
+# one's own "settled" does, and stays; without it nothing is done.
+#
+# A script has no rollback. So everything is checked before the first write, which is a SET: Redis refuses that one when
+# it is out of memory, cannot persist, or is a replica, and refuses nothing after it, but for a command that this user
+# may not: so each is tried beforehand on a key that no path can have (PostgreSQL knows no NUL).
 _SWITCH = (
     _TAIL_OF
     + """
 local prefix, index, marker, stage, plan = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local ttl, planned = tonumber(ARGV[2]), tonumber(ARGV[3])
-local kind = redis.call('TYPE', index)['ok']
+local kind = call('TYPE', index)['ok']
 if kind ~= 'set' and kind ~= 'none' then return redis.error_reply('the index is a ' .. kind .. ', not a set') end
-if redis.call('LLEN', plan) ~= 3 * planned then return {0, {plan}} end
-local alone, skip = {}, {}
+if call('LLEN', plan) ~= 3 * planned then return {0, {plan}} end
+local function settled(marker) return marker:find('"settled": true', 1, true) ~= nil end
+local now = call('GET', marker) or ''
+local undisturbed = now == ARGV[4]
+if settled(ARGV[1]) and not undisturbed then
+  call('DEL', plan)
+  return {1, {}, planned == 0 and settled(now) and 1 or 0}
+end
+local parts, alone = {}, {}
 for start = 0, 3 * planned - 1, 3000 do
-  local part = redis.call('LRANGE', plan, start, start + 2999)
+  local part = call('LRANGE', plan, start, start + 2999)
   local staged = {}
   for i = 1, #part, 3 do
     local path = part[i + 1]
-    if part[i] == 'set' then staged[#staged + 1] = stage .. path end
-    if tail_of(prefix .. path) ~= part[i + 2] then
-      alone[#alone + 1] = path
-      skip[start + i] = true
+    local key = prefix .. path
+    if part[i] == 'set' then
+      part[i] = stage .. path
+      staged[#staged + 1] = part[i]
     end
+    if tail_of(key) ~= part[i + 2] then
+      alone[#alone + 1] = path
+      part[i] = false
+    end
+    part[i + 2] = key
   end
   -- One call for all of them; one by one it is a fifth of the time of a switch.
-  if #staged > 0 and redis.call('EXISTS', unpack(staged)) ~= #staged then
+  if #staged > 0 and call('EXISTS', unpack(staged)) ~= #staged then
     for _, key in ipairs(staged) do
-      if redis.call('EXISTS', key) == 0 then return {0, {key}} end
+      if call('EXISTS', key) == 0 then return {0, {key}} end
     end
   end
+  parts[#parts + 1] = part
 end
-redis.call('SET', marker, ARGV[1])
-for start = 0, 3 * planned - 1, 3000 do
-  local part = redis.call('LRANGE', plan, start, start + 2999)
+if planned > 0 then
+  local probe = prefix .. '\\0'
+  call('SET', probe, '', 'PX', '1000')
+  call('PEXPIRE', probe, '1000')
+  call('RENAME', probe, probe)
+  call('DEL', probe)
+  call('PERSIST', probe)
+  call('SREM', probe, '')
+  call('SADD', probe, '')
+  call('SREM', probe, '')
+end
+call('SET', marker, ARGV[1])
+for _, part in ipairs(parts) do
   local indexed = {}
   for i = 1, #part, 3 do
-    if not skip[start + i] then
-      local path = part[i + 1]
-      local key = prefix .. path
-      if part[i] == 'remove' then
-        -- What somebody has indexed as `index` has no entry, and its key is the index.
-        if key ~= index then redis.call('DEL', key) end
-        redis.call('SREM', index, path)
-      else
-        if part[i] == 'set' then redis.call('RENAME', stage .. path, key) end
-        if ttl > 0 then redis.call('PEXPIRE', key, ttl) else redis.call('PERSIST', key) end
-        indexed[#indexed + 1] = path
-      end
+    local from, path, key = part[i], part[i + 1], part[i + 2]
+    if from == 'remove' then
+      -- What somebody has indexed as `index` has no entry, and its key is the index.
+      if key ~= index then call('DEL', key) end
+      call('SREM', index, path)
+    elseif from then
+      if from == 'keep' then from = key end
+      if ttl > 0 then call('PEXPIRE', from, ttl) else call('PERSIST', from) end
+      if from ~= key then call('RENAME', from, key) end
+      indexed[#indexed + 1] = path
     end
   end
-  if #indexed > 0 then redis.call('SADD', index, unpack(indexed)) end
+  if #indexed > 0 then call('SADD', index, unpack(indexed)) end
 end
-redis.call('DEL', plan)
-return {1, alone}
+call('DEL', plan)
+return {1, alone, undisturbed and 1 or 0}
 """
 )
 
@@ -141,7 +170,7 @@ def _rights_named(script: str) -> Iterator[None]:
         line = re.search(r"user executing the script can't .*user_script:(\d+)", str(error))
         if line is None:
             raise
-        called = re.findall(r"redis.p?call\('(\w+)'", script.splitlines()[int(line[1]) - 1])
+        called = re.findall(r"\bp?call\('(\w+)'", script.splitlines()[int(line[1]) - 1])
         words = f"a script needs {' and '.join(called).lower()}: {error}"
         raise redis.exceptions.NoPermissionError(words) from error
 
@@ -173,14 +202,31 @@ class CacheStates:
     """
     What the cache holds, read before the database.
 
-    tails: by path of the index, the last bytes of its entry, b"" where there is none. loose: the same for paths
-    that were asked for and are not in the index. off_policy: paths whose time to live is not what the TTL policy
-    wants.
+    marker: as it was before the entries were read, b"" where there was none. tails: by path of the index, the last
+    bytes of its entry, b"" where there is none. loose: the same for paths that were asked for and are not in the
+    index. off_policy: paths whose time to live is not what the TTL policy wants.
     """
 
-    tails: dict[bytes, bytes]
+    marker: bytes
+    tails: dict[bytes, bytes] = field(default_factory=dict)
     loose: dict[bytes, bytes] = field(default_factory=dict)
     off_policy: set[bytes] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Switched:
+    """
+    left_alone: paths whose entry somebody had written since it was compared.
+
+    undisturbed: no other warm has switched since the cache was read, or it has vouched for what it left.
+    """
+
+    left_alone: list[bytes]
+    undisturbed: bool
+
+    @property
+    def as_planned(self) -> bool:
+        return self.undisturbed and not self.left_alone
 
 
 def entry(path: str, content: str, content_hash: str) -> bytes:
@@ -201,10 +247,18 @@ class ModuleCache:
 
     def states(self, more: Iterable[bytes] = ()) -> CacheStates:
         """What the cache holds for every path of the index and for `more`."""
-        states = CacheStates({})
+        states = CacheStates(self._client.get(MARKER) or b"")  # type: ignore[arg-type]
         self._read_tails(list(self._client.smembers(INDEX)), states.tails, states.off_policy)  # type: ignore[arg-type]
         self._read_tails([path for path in more if path not in states.tails], states.loose, states.off_policy)
         return states
+
+    def is_still(self, states: CacheStates) -> bool:
+        """Whether nobody has switched, flushed or touched the index since these were true."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.get(MARKER)
+            pipeline.scard(INDEX)
+            found: list[Any] = pipeline.execute()
+        return found == [states.marker, len(states.tails)]
 
     def _read_tails(self, paths: list[bytes], tails: dict[bytes, bytes], off_policy: set[bytes]) -> None:
         # With a TTL an entry is renewed in the second half of its life, so that it never runs out between warms.
@@ -254,20 +308,21 @@ class ModuleCache:
         with _rights_named(_RENEW):
             self._client.eval(_RENEW, 2, stage_prefix(warm_id), plan_key(warm_id), STAGE_TTL)
 
-    def switch(self, marker: Marker, planned: int) -> list[bytes]:
+    def switch(self, marker: Marker, planned: int, since: bytes) -> Switched:
         """
         Carry out the plan of `planned` entries in one step, together with index, TTLs and marker.
 
-        Where an entry has another tail than the plan says, somebody wrote in between: the path is left alone and
-        returned. Raises WarmError, with nothing changed, where something staged is gone.
+        since: the marker that was read before the entries that the plan was made from.
+
+        Raises WarmError, with nothing changed, where something staged is gone.
         """
         own = (stage_prefix(marker.warm_id), plan_key(marker.warm_id))
-        arguments = (ENTRY, INDEX, MARKER, *own, marker.to_json(), self._ttl_ms, planned)
+        arguments = (ENTRY, INDEX, MARKER, *own, marker.to_json(), self._ttl_ms, planned, since)
         with _rights_named(_SWITCH):
-            done, paths = self._client.eval(_SWITCH, 5, *arguments)
+            done, paths, *undisturbed = self._client.eval(_SWITCH, 5, *arguments)
         if not done:
             raise StagedLostError(f"what was staged was evicted before the switch, {paths[0]!r} among it")
-        return list(paths)
+        return Switched(list(paths), bool(undisturbed[0]))
 
 
 class Stage:
@@ -308,7 +363,9 @@ class Stage:
 
     def plan(self, operation: str, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Plan to "keep" (index, and put on policy) or to "remove" these (path, tail that it has now)."""
-        self._send([], [(operation, path, tail) for path, tail in entries])
+        steps = [(operation, path, tail) for path, tail in entries]
+        for start in range(0, len(steps), READ_SLICE):
+            self._send([], steps[start : start + READ_SLICE])
 
     def _send(self, packed: list[bytes], steps: list[tuple[str, bytes, bytes]], answers: int = 0) -> None:
         if not steps:

@@ -20,6 +20,14 @@ logger = logging.getLogger(__name__)
 #: Seconds for one connection attempt, and for one answer; the longest of ours is the switch of a large change.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 30.0
 
+_IS_CLUSTER = "is a Redis Cluster; the switch needs one server (or Sentinel's primary)"
+#: What one says to whoever takes it for a single server.
+_CLUSTER_ERRORS = (
+    redis.exceptions.AskError,  # and MovedError
+    redis.exceptions.ClusterCrossSlotError,
+    redis.exceptions.ClusterDownError,
+)
+
 
 def described(url: str) -> str:
     """The server in words, without user and password."""
@@ -59,6 +67,8 @@ def translated(url: str) -> Iterator[None]:
         yield
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
         raise RefusedError(server, masked(str(error))) from error
+    except _CLUSTER_ERRORS as error:
+        raise WarmError(f"{server} {_IS_CLUSTER}") from error
     except redis.exceptions.ReadOnlyError as error:
         raise WarmError(f"{server} is a read-only replica; BIFROST_REDIS_URL must name the primary") from error
     except (redis.exceptions.BusyLoadingError, redis.ConnectionError, redis.TimeoutError, OSError) as error:
@@ -123,7 +133,7 @@ def room_for_writing(client: redis.Redis, url: str) -> int | None:
         logger.info("%s does not tell its memory to this user", server)
         return None
     if found.cluster:
-        raise WarmError(f"{server} is a Redis Cluster; the switch needs one server (or Sentinel's primary)")
+        raise WarmError(f"{server} {_IS_CLUSTER}")
     if found.primary:
         raise WarmError(f"{server} is a read-only replica of {found.primary}; BIFROST_REDIS_URL must name the primary")
     if found.evicts:

@@ -12,17 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bifrost_bootstrap import cache_diff, module_cache, redis_server
-from bifrost_bootstrap.cache_diff import CacheDiff, Snapshot
+from bifrost_bootstrap.cache_diff import CacheDiff, Content, Snapshot
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ShrinkError, UnsettledError
-from bifrost_bootstrap.module_cache import Marker, ModuleCache, Stage
+from bifrost_bootstrap.module_cache import TAIL, CacheStates, Marker, ModuleCache, Stage, Switched
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-#: Path, content and `content_hash` of a row.
-Content = tuple[str, str, str | None]
 
 #: Comparisons until no difference is left; each after the first meets only what was written meanwhile.
 MOST_PASSES = 20
@@ -108,14 +105,16 @@ class _Warm:
         self.counts = {"added": 0, "changed": 0, "removed": 0, "expiring": 0, "bytes": 0}
         #: By the last switch, because somebody else had written them. Perhaps the index does not name them.
         self.left_alone: list[bytes] = []
+        #: What the last switch has left, where nothing came in between.
+        self.known: CacheStates | None = None
 
     def run(self, deadline: Deadline, full: bool) -> WarmResult:
         started = time.monotonic()
         number = 0
         while True:
             number += 1
-            diff, heads = self._pass(full=full and number == 1)
-            if diff.empty:
+            diff, heads, switched = self._pass(full=full and number == 1)
+            if diff.complete and switched.as_planned:
                 for path, why in diff.odd:
                     logger.warning("row %r is not cached: %s", path, why)
                 return WarmResult(
@@ -129,23 +128,38 @@ class _Warm:
             if number > 1:
                 deadline.pause(number - 1, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
 
-    def _pass(self, *, full: bool) -> tuple[CacheDiff, list[str]]:
-        """One comparison and, where it finds something, one switch. An empty one confirms the marker."""
+    def _pass(self, *, full: bool) -> tuple[CacheDiff, list[str], Switched]:
+        """One comparison and one switch of what it found. Where that is no content, the switch confirms the cache."""
         self.report(Progress("warm", note=READING))
         # The cache first: what is written between the two reads is then found to differ, and left alone.
-        states = self.cache.states(self.left_alone)
+        states = self._states()
         self.report(Progress("warm", note=COMPARING))
         with self.take() as rows:
             diff = cache_diff.compare(states, rows, full=full)
             if diff.shrinks and not self.allow_shrink:
                 raise ShrinkError(len(diff.removed), diff.indexed, str(self.settings.database))
             self._warn_of_little_room(diff, rows)
-            planned = self._stage(diff, rows, full=full)
+            planned = self._stage(diff, rows, states, full=full)
             heads = list(rows.heads)
-        self._switch(planned, Marker(self.warm_id, diff.modules, heads, settled=diff.empty))
-        for kind in cache_diff.KINDS:
-            self.counts[kind] += len(getattr(diff, kind))
-        return diff, heads
+        marker = Marker(self.warm_id, diff.modules, heads, settled=diff.complete)
+        switched = self._switch(planned, marker, states.marker)
+        if switched.as_planned:
+            states.marker = marker.to_json().encode()
+            self.known = states
+        if switched.undisturbed or not diff.complete:
+            for kind in cache_diff.KINDS:
+                self.counts[kind] += len(getattr(diff, kind))
+        return diff, heads, switched
+
+    def _states(self) -> CacheStates:
+        """
+        What the cache holds: as our last switch left it where nobody has switched since, else read anew.
+
+        A live writer's entry may differ from what is known. Its row is committed before, so the comparison finds it
+        to differ, the switch leaves it alone, and the next pass reads.
+        """
+        known, self.known = self.known, None
+        return known if known and self.cache.is_still(known) else self.cache.states(self.left_alone)
 
     def _warn_of_little_room(self, diff: CacheDiff, rows: Snapshot) -> None:
         moved = diff.added + diff.changed
@@ -158,21 +172,32 @@ class _Warm:
                 needed / 1e6, redis_server.described(self.settings.redis), self.room / 1e6,
             )  # fmt: skip
 
-    def _stage(self, diff: CacheDiff, rows: Snapshot, *, full: bool) -> int:
-        """Write new and changed entries where no reader looks, and plan the switch. Returns how much is planned."""
+    def _stage(self, diff: CacheDiff, rows: Snapshot, states: CacheStates, *, full: bool) -> int:
+        """
+        Write new and changed entries where no reader looks, and plan the switch. Returns how much is planned.
+
+        `states` becomes what the switch will leave.
+        """
+        # Where an entry lies already, an index was lost or a fill died: it has to be replaced, not written in place.
+        fresh = [path for path in diff.added if not diff.compared[path]]
+        in_place = fresh if len(fresh) > LARGE_FILL else []
+        staged = diff.changed + [path for path in diff.added if not in_place or diff.compared[path]]
         with self.cache.stage(self.warm_id) as stage:
-            if len(diff.added) > LARGE_FILL:
-                self._write(stage, diff.added, rows, diff, in_place=True, full=full)
-                self._write(stage, diff.changed, rows, diff, full=full)
-            else:
-                self._write(stage, diff.added + diff.changed, rows, diff, full=full)
+            self._write(stage, in_place, rows, diff, states, full=full, in_place=True)
+            self._write(stage, staged, rows, diff, states, full=full)
             stage.plan("remove", ((path, diff.compared[path]) for path in diff.removed))
             stage.plan("keep", ((path, diff.compared[path]) for path in diff.expiring))
-            return stage.planned
+            planned = stage.planned
+        for path in diff.removed:
+            del states.tails[path]
+        states.tails |= {path: diff.compared[path] for path in diff.expiring}
+        states.loose, states.off_policy = {}, set()
+        return planned
 
     def _write(
-        self, stage: Stage, paths: list[bytes], rows: Snapshot, diff: CacheDiff, *, full: bool, in_place: bool = False
-    ) -> None:
+        self, stage: Stage, paths: list[bytes], rows: Snapshot, diff: CacheDiff, states: CacheStates, *,
+        full: bool, in_place: bool = False,
+    ) -> None:  # fmt: skip
         """Read these modules and write their entries, batch by batch."""
         if not paths:
             return
@@ -180,24 +205,27 @@ class _Warm:
         for batch in _batches(rows.contents(paths, all_rows=len(paths) > diff.modules / 2)):
             entries = [_entry(*row, full=full) for row in batch]
             stage.write(((path, value, diff.compared[path]) for path, value in entries), in_place=in_place)
+            states.tails.update((path, value[-TAIL:]) for path, value in entries)
             self.counts["bytes"] += sum(len(value) for _, value in entries)
             self.report(Progress("warm", stage.planned, len(diff.added) + len(diff.changed), "modules", STAGING))
             if renewal.passed:
                 self.cache.renew(self.warm_id)
                 renewal = Deadline(module_cache.STAGE_TTL / 3)
 
-    def _switch(self, planned: int, marker: Marker) -> None:
+    def _switch(self, planned: int, marker: Marker, since: bytes) -> Switched:
         if (seconds := planned * SWITCH_SECONDS) > LONG_SWITCH:
             logger.warning("the switch of %d entries will block Redis for about %.1fs", planned, seconds)
         self.report(Progress("warm", note=SWITCHING))
-        self.left_alone = self.cache.switch(marker, planned)
+        switched = self.cache.switch(marker, planned, since)
+        self.left_alone = switched.left_alone
         if self.left_alone:
             named = ", ".join(repr(path.decode(errors="replace")) for path in self.left_alone[:NAMED_PATHS])
             logger.info("%d entries were written by somebody else and left alone: %s", len(self.left_alone), named)
+        return switched
 
 
-def _entry(path: str, content: str, content_hash: str | None, *, full: bool) -> tuple[bytes, bytes]:
-    known = None if full else cache_diff.trusted(content_hash)
+def _entry(path: str, content: str, said: bytes | None, *, full: bool) -> tuple[bytes, bytes]:
+    known = None if full else cache_diff.trusted(said)
     digest = known or hashlib.sha256(content.encode()).hexdigest()
     return path.encode(), module_cache.entry(path, content, digest)
 
@@ -207,7 +235,7 @@ def _batches(contents: Iterable[Content]) -> Iterator[list[Content]]:
     size = 0
     for row in contents:
         batch.append(row)
-        size += len(row[1])
+        size += len(row[1]) + ENTRY_BYTES
         if size >= BATCH_SIZE:
             yield batch
             batch, size = [], 0

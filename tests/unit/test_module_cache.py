@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from bifrost_bootstrap.cache_diff import CacheDiff, trusted
 from bifrost_bootstrap.module_cache import TAIL, Marker, entry, tail
-from bifrost_bootstrap.warm import BATCH_SIZE, _batches
+from bifrost_bootstrap.warm import BATCH_SIZE, ENTRY_BYTES, _batches
 
 HASH = "0123456789abcdef" * 4
 #: Characters of UTF-8 text.
@@ -49,7 +49,8 @@ def test_tail_of_an_entry_of_the_platform(written: object) -> None:
 )
 def test_what_is_a_hash(content_hash: str | None, wanted: str | None) -> None:
     """64 hex digits, in small letters; anything else is none."""
-    assert trusted(content_hash) == wanted
+    said = None if content_hash is None else content_hash.encode() + b'"}'
+    assert trusted(said) == wanted
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,9 @@ def test_marker_survives_its_journey() -> None:
 
 def test_batches_are_bounded_by_size() -> None:
     """A batch ends with the module that fills it: no more than one is in memory beyond the bound, and none is lost."""
-    rows = [(str(number), "x" * size, None) for number, size in enumerate([1, BATCH_SIZE, BATCH_SIZE - 1, 1, 5])]
+    rows = [
+        (str(number), "x" * size, None)
+        for number, size in enumerate([1, BATCH_SIZE, BATCH_SIZE - 2 * ENTRY_BYTES, 1, 5])
+    ]
     batches = list(_batches(rows))
     assert [[row[0] for row in batch] for batch in batches] == [["0", "1"], ["2", "3"], ["4"]]

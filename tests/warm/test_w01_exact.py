@@ -151,3 +151,16 @@ def test_w01_many_added_at_once(deployment: Deployment, monkeypatch: pytest.Monk
     deployment.warm()
     deployment.assert_exact()
     assert {deployment.client.ttl(key) for key in deployment.module_keys()} == {-1}
+
+
+def test_w01_many_over_entries_that_no_index_names(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index was lost and the rows went on: a large fill replaces the entries that lie there, in as many passes."""
+    monkeypatch.setattr("bifrost_bootstrap.warm.LARGE_FILL", 10)
+    paths = [f"m{n}.py" for n in range(100)]
+    deployment.put(dict.fromkeys(paths, "older"))
+    deployment.warm()
+    deployment.client.delete(INDEX)
+    deployment.put(dict.fromkeys(paths, "newer"))
+    # One finds the paths missing, one the entries under them, one nothing.
+    assert deployment.warm().passes <= 3
+    deployment.assert_exact()

@@ -14,7 +14,7 @@ import pytest
 import redis as redis_package
 
 import bifrost_bootstrap
-from bifrost_bootstrap import module_cache, warm
+from bifrost_bootstrap import module_cache, redis_server, warm
 from bifrost_bootstrap.errors import BootstrapError, UnavailableError, WarmError
 from bifrost_bootstrap.progress import Progress
 from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING
@@ -231,6 +231,38 @@ def test_w03_still_loading(deploy: NewDeployment, run_folder: RunFolder, start_s
     assert_completes(deployment)
 
 
+@pytest.mark.parametrize("command", ["rename", "persist", "pexpire", "sadd", "srem", "del", "exists"])
+def test_w03_right_too_few(
+    deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, command: str
+) -> None:  # fmt: skip
+    """A user who may not run one of the switch's commands is refused before the first write, and the command named."""
+    server = start_server(RedisServer(run_folder))
+    deployment = deploy(server.url())
+    before = change(deployment)
+    deployment.client.acl_setuser(
+        "warm", enabled=True, passwords=["+secret"], keys=["*"], categories=["+@all"], commands=[f"-{command}"]
+    )
+    user = deploy(f"redis://warm:secret@{server.host}:{server.port}", deployment.database)
+    with pytest.raises(BootstrapError, match=command):
+        user.warm()
+    assert_untouched(deployment, before)
+    wait_until(lambda: deployment.module_keys() == before, "nothing of the attempt")
+    assert_completes(deployment)
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_w03_cluster(deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, slots: bool) -> None:
+    """Redis Cluster is refused by name, by a warm and by a look, also to a user who may not ask for its facts."""
+    server = start_server(RedisServer(run_folder, {"cluster-enabled": "yes"}))
+    deployment = deploy(server.url())
+    if slots:
+        deployment.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 100)  # type: ignore[no-untyped-call]
+    with pytest.raises(WarmError, match="is a Redis Cluster"):
+        deployment.warm()
+    with pytest.raises(WarmError, match="is a Redis Cluster"), redis_server.connect(server.url()) as client:
+        module_cache.ModuleCache(client, 0).states()
+
+
 # ------------------------------------------------------------------------------------------ a server is gone
 
 
@@ -282,6 +314,18 @@ def test_w03_no_table(deployment: Deployment) -> None:
     before = change(deployment)
     deployment.database.execute("DROP TABLE workspace_files")
     with pytest.raises(WarmError, match="no table workspace_files"):
+        deployment.warm()
+    assert deployment.module_keys() == before
+
+
+def test_w03_table_of_another_kind(deployment: Deployment) -> None:
+    """A table that cannot be read as the contract says is no bug of ours: the server's own words, code 2."""
+    before = change(deployment)
+    deployment.database.execute("CREATE TYPE kind AS ENUM ('script')")
+    deployment.database.execute("DROP INDEX IF EXISTS ix_workspace_files_modules")
+    deployment.database.execute("DELETE FROM workspace_files")
+    deployment.database.execute("ALTER TABLE workspace_files DROP COLUMN entity_type, ADD COLUMN entity_type kind")
+    with pytest.raises(WarmError, match=r"table workspace_files of .*invalid input value for enum kind"):
         deployment.warm()
     assert deployment.module_keys() == before
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 
 import pytest
 
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import UnsettledError
+from bifrost_bootstrap.module_cache import MARKER
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING, warm
+from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING, WarmResult, warm
 from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import Deployment, at
 
 PATH = "module.py"
+
+
+class Killed(BaseException):
+    """Ends a warm where a SIGKILL would."""
 
 
 def watched(deployment: Deployment, point: str, action: Callable[[], object]) -> list[str | None]:
@@ -98,6 +103,64 @@ def test_w04_added_entry_is_not_overwritten(deployment: Deployment, monkeypatch:
 
     deployment.warm(write)
     deployment.assert_exact()
+
+
+def test_w04_lost_between_switch_and_proof(deployment: Deployment) -> None:
+    """What is flushed after the switch is noticed, although the second comparison knows what the switch has left."""
+    deployment.put({PATH: "version = 1"})
+    deployment.warm(at(READING, deployment.client.flushdb, number=2))
+    deployment.assert_exact()
+
+
+def test_w04_no_warm_vouches_for_what_another_has_switched(deploy: NewDeployment, stale: Deployment) -> None:
+    """
+    A warm that found no difference does not confirm a cache into which another one has switched since.
+
+    The other one compared before a revert, switches after it, and dies before it compares again.
+    """
+    other = deploy(stale.settings.redis, stale.database)
+    at_its_switch, go_on = Event(), Event()
+
+    def hold(progress: Progress) -> None:
+        if progress.note == SWITCHING and not go_on.is_set():
+            at_its_switch.set()
+            assert go_on.wait(30)
+        if progress.note == READING and go_on.is_set():
+            markers.append(str(stale.client.get(MARKER)))
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def revert_and_compare() -> None:
+            other.api_write(PATH, "version = 1")
+            ends.append(pool.submit(other.warm, hold))
+            assert at_its_switch.wait(30)
+
+        ends: list[Future[WarmResult]] = []
+        markers: list[str] = []
+        switch = at(SWITCHING, revert_and_compare)
+
+        def die_before_the_proof(progress: Progress) -> None:
+            switch(progress)
+            if ends and progress.note == READING:
+                raise Killed
+
+        with pytest.raises(Killed):
+            stale.warm(die_before_the_proof)
+        assert stale.content(PATH) == "version = 2", "older than the row"
+        go_on.set()
+        assert ends[0].result(30).passes > 1
+        assert '"settled": false' in markers[0]
+    stale.assert_exact()
+
+
+def test_w04_time_to_live_alone_is_settled_at_once(deployment: Deployment) -> None:
+    """Entries of live writers that only get another time to live do not make a warm compare again."""
+    deployment.put({PATH: "version = 1"})
+    deployment.warm()
+    deployment.api_write("other.py", "x")
+    result = deployment.warm()
+    assert (result.passes, result.expiring) == (1, 1)
+    assert deployment.client.ttl(b"bifrost:module:other.py") == -1
 
 
 def test_w04_writer_that_never_rests(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,5 +54,20 @@ def test_w06_nothing_changed_reads_and_writes_no_content(
     assert statements
     assert all("7.py" in line or "$1" in line for line in statements)
     assert received < SIZE + MODULES * SIZE / 25
-    assert writes["cmdstat_rename"] == 1
+    # One more proves beforehand that this user may.
+    assert writes["cmdstat_rename"] == 2
     deployment.assert_exact()
+
+
+def test_w06_cache_is_read_once(deploy: NewDeployment, run_folder: RunFolder, start_server: StartServer) -> None:
+    """The comparison that proves a switch knows what the switch has left: no tail is read again."""
+    redis = RedisServer(run_folder)
+    start_server(redis)
+    deployment = deploy(redis.url())
+    deployment.put({f"{n}.py": f"# {n}" for n in range(MODULES)})
+    deployment.warm()
+    deployment.put({"7.py": "changed"})
+    deployment.client.config_resetstat()
+    assert deployment.warm().passes == 2
+    stats = deployment.client.info("commandstats")
+    assert stats["cmdstat_getrange"]["calls"] == MODULES + 1, "all of them once, and the changed one in the switch"
