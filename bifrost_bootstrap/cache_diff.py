@@ -144,12 +144,16 @@ def _parts(paths: list[bytes]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def snapshots(url: PostgresUrl, version_table: str) -> Iterator[Callable[[], AbstractContextManager[Snapshot]]]:
+def snapshots(
+    url: PostgresUrl, version_table: str, *, answer_timeout: float | None = None
+) -> Iterator[Callable[[], AbstractContextManager[Snapshot]]]:
     """
     One connection for any number of snapshots: `with take() as rows:` is a read-only transaction in which every
     query sees the same rows. Raises WarmError where the table is missing.
+
+    answer_timeout: seconds that the whole block may take; None is no limit.
     """
-    with postgres.connect(url, "warm", autocommit=False) as connection:
+    with postgres.connect(url, "warm", autocommit=False, answer_timeout=answer_timeout) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
 
@@ -229,8 +233,8 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
     return diff
 
 
-def look(cache: ModuleCache, url: PostgresUrl, version_table: str) -> CacheDiff:
-    """Compare now, without changing anything."""
+def look(cache: ModuleCache, url: PostgresUrl, version_table: str, *, answer_timeout: float | None = None) -> CacheDiff:
+    """Compare now, without changing anything. answer_timeout: seconds that PostgreSQL may take for all of it."""
     states = cache.states()
-    with snapshots(url, version_table) as take, take() as rows:
+    with snapshots(url, version_table, answer_timeout=answer_timeout) as take, take() as rows:
         return compare(states, rows)

@@ -15,16 +15,10 @@ from celery import chain
 from kombu.exceptions import OperationalError
 
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
+from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
 from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, masked, rebuild
-from bifrost_bootstrap.progress import (
-    DEADLINE_HEADER,
-    WANTED_HEADER,
-    Progress,
-    held_key,
-    progress_key,
-    wanted_key,
-)
+from bifrost_bootstrap.progress import WANTED_HEADER, Progress, held_key, progress_key, wanted_key
 from bifrost_bootstrap.tree import QUEUE
 
 #: Failures in which the work was lost, by the name of the exception: the next run may succeed.
@@ -37,6 +31,9 @@ _UNDONE = {"UnavailableError": "a server was away", "OperationalError": "it coul
            "UnwantedError": "it was taken when Redis had forgotten that we wait for it"}  # fmt: skip
 #: Seconds after its init has gone in which a chain may still begin.
 WANTED_TTL = 30
+#: Seconds by which a task gives up waiting before init does, so that its own error is heard: the last attempt begins at
+#: the task's deadline, starts the tree's process, and has to see who is in the way. Of a short deadline only a share.
+TASK_HEAD_START, HEAD_START_SHARE = 5.0, 0.2
 #: Words by which RabbitMQ refuses a login, a virtual host, a right, or a queue that was declared otherwise.
 _REFUSALS = ("ACCESS_REFUSED", "NOT_ALLOWED", "PRECONDITION_FAILED")
 
@@ -80,14 +77,15 @@ def _broker_errors(server: str) -> Iterator[None]:
 def send(
     client: redis.Redis,
     queue: str,
+    deadline: Deadline,
     *,
-    remaining: float,
     full: bool = False,
     allow_shrink: bool = False,
     migrate: bool = True,
 ) -> SentChain:
     """
-    Publish the chain, confirmed by the broker. Raises UnavailableError, RefusedError.
+    Publish the chain, confirmed by the broker, for an init with this deadline. Raises UnavailableError, RefusedError,
+    and WarmError where Redis refuses a write.
 
     Both tasks are routed: a queue given to the call would route only the first. The message expires in the
     broker, and a worker that held it meanwhile finds that nobody wants it: a chain that nobody began does not
@@ -95,26 +93,25 @@ def send(
     """
     add_queue(queue)
     sent = SentChain(uuid.uuid4().hex if migrate else "", uuid.uuid4().hex)
-    headers = {DEADLINE_HEADER: remaining}
-    first = headers | {WANTED_HEADER: sent.first}
-    options: dict[str, Any] = {"queue": queue, "expiration": MESSAGE_TTL}
+    options: dict[str, Any] = {"queue": queue, "expiration": MESSAGE_TTL, "headers": {WANTED_HEADER: sent.first}}
     work = app.signature(WARM, kwargs={"full": full, "allow_shrink": allow_shrink}, immutable=True)
-    work = work.set(task_id=sent.warm, headers=headers if migrate else first, **options)
+    work = work.set(task_id=sent.warm, **options)
     if migrate:
-        begin = app.signature(MIGRATE, immutable=True).set(task_id=sent.migrate, headers=first, **options)
+        begin = app.signature(MIGRATE, immutable=True).set(task_id=sent.migrate, **options)
         work = chain(begin, work)
     # As workers announce each result. Where Redis refuses it to them, their tasks end without one, and only their log
     # says why.
     client.publish(app.backend.get_key_for_task(sent.first), b"")
     with _broker_errors(described()):
-        want(client, sent)
+        want(client, sent, deadline)
         work.apply_async()
     return sent
 
 
-def want(client: redis.Redis, sent: SentChain) -> None:
-    """Say for `WANTED_TTL` seconds that somebody waits for this chain."""
-    client.set(wanted_key(sent.first), b"1", ex=WANTED_TTL)
+def want(client: redis.Redis, sent: SentChain, deadline: Deadline) -> None:
+    """Say for `WANTED_TTL` seconds that somebody waits for this chain, and how long its tasks may wait themselves."""
+    head_start = min(TASK_HEAD_START, HEAD_START_SHARE * deadline.seconds)
+    client.set(wanted_key(sent.first), max(0.0, deadline.remaining - head_start), ex=WANTED_TTL)
 
 
 def described() -> str:

@@ -7,14 +7,14 @@ import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bifrost_bootstrap import __version__, logs, report, settings as environment, summary
-from bifrost_bootstrap.command import Outcome, Signalled, print_no_more, raise_on_signals, run_command
+from bifrost_bootstrap.command import Outcome, Signalled, cannot_print, print_no_more, raise_on_signals, run_command
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ExitCode, UnavailableError, UsageError
 from bifrost_bootstrap.settings import Need, Settings, duration
@@ -32,18 +32,33 @@ def run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=report.UNPRINTABLE)
     raise_on_signals()
+    try:
+        return _run(arguments)
+    except Signalled as signalled:
+        return int(signalled.code)
+    except (click.Abort, KeyboardInterrupt):
+        return int(ExitCode.SIGINT)
+    except OSError as error:
+        # A help text; what a command prints is its own.
+        cannot_print(error)
+        return int(ExitCode.OK)
+    except Exception:
+        logger.exception("unexpected error")
+        return int(ExitCode.BUG)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _run(arguments: list[str]) -> int:
     stdout = sys.stdout
     try:
         return int(main.main(arguments, prog_name="bifrost-bootstrap", standalone_mode=False) or 0)
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
     except click.ClickException as error:
-        error.show(sys.stderr)
+        with suppress(OSError):
+            error.show(sys.stderr)
         return int(ExitCode.USAGE)
-    except Signalled as signalled:
-        return int(signalled.code)
-    except (click.Abort, KeyboardInterrupt):
-        return int(ExitCode.SIGINT)
     except SystemExit as leaving:
         if sys.stdout is not stdout:
             # click's way out of a help text that nobody reads: it wraps stdout and leaves with 1.
@@ -52,8 +67,6 @@ def run(arguments: list[str]) -> int:
             return int(ExitCode.OK)
         # Only a worker that cannot begin leaves so, with a code of the contract.
         return leaving.code if isinstance(leaving.code, int) and leaving.code in set(ExitCode) else int(ExitCode.BUG)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class DurationType(click.ParamType[float]):
@@ -211,7 +224,7 @@ def plan(with_sql: bool, as_json: bool) -> int:
             "bifrost-bootstrap worker": "a standing bootstrap worker",
             "BIFROST_WORKER_HEALTH_FILE=/tmp/alive bifrost-bootstrap worker": "with a file for a health check",
         },
-        69,
+        *(1, 69),
         ok="it was told to stop",
     )
 )
@@ -220,8 +233,10 @@ def worker() -> int:
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "rabbitmq", "tree")
-        from bifrost_bootstrap import chain, waiting, worker
+        from bifrost_bootstrap import chain, tree as trees, waiting, worker
 
+        # Celery would leave without a verdict.
+        trees.load(settings)
         # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
         # virtual host for ever.
         waiting.wait_for({chain.described(): chain.prove_rights}, Deadline(settings.init_timeout))
@@ -231,7 +246,8 @@ def worker() -> int:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         if code := worker.run(settings):
             raise UnavailableError(chain.described(), f"Celery's worker ended with {code}")
-        return Outcome(ExitCode.OK)
+        stopped = "it was told to stop"
+        return Outcome(ExitCode.OK, facts={"message": stopped}, message=stopped)
 
     return run_command("worker", False, work)
 

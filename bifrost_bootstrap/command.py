@@ -75,7 +75,10 @@ def run_command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], 
         with ExitStack() as stack:
             outcome = work(stack)
     except BootstrapError as error:
-        message = f"{error}\n  what to do: {error.remedy}" if error.remedy else str(error)
+        first, *details = str(error).splitlines()
+        if details:
+            logger.error("%s: %s", name, error)
+        message = f"{first}; what to do: {error.remedy}" if error.remedy else first
         outcome = Outcome(error.exit_code, facts=report.error_facts(error), message=message)
     except Signalled as signalled:
         message = f"ended by {signalled.code.name}{'; ' if on_signal else ''}{on_signal}"
@@ -107,6 +110,14 @@ def _print(name: str, as_json: bool, outcome: Outcome) -> None:
             click.echo(masked(outcome.text))
     except BrokenPipeError:
         print_no_more()
+    except OSError as error:
+        cannot_print(error)
+
+
+def cannot_print(error: OSError) -> None:
+    """The output is not what was asked for: the exit code is that of the work, whoever reads it has to know."""
+    logger.warning("the result cannot be written to stdout: %s", error.strerror)
+    print_no_more()
 
 
 def print_no_more() -> None:

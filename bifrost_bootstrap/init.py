@@ -23,8 +23,8 @@ from bifrost_bootstrap.errors import (
     NoWorkerError,
     OwnWorkerDeadlineError,
     RefusedError,
+    SchemaError,
     UnavailableError,
-    WarmError,
 )
 from bifrost_bootstrap.progress import Report
 from bifrost_bootstrap.readiness import Readiness
@@ -33,6 +33,7 @@ from bifrost_bootstrap.tree import Tree
 from bifrost_bootstrap.waiting import Waited
 
 if TYPE_CHECKING:
+    from bifrost_bootstrap.chain import SentChain
     from bifrost_bootstrap.observer import Observer
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,7 @@ LOOK_PAUSE = 0.1
 SAY_AGAIN = 10.0
 #: Seconds before a queue without a worker is worth a warning: one that was started beside us needs two to four.
 WORKER_GRACE = 5.0
-#: Seconds by which a task gives up waiting before init does, so that its own error is heard.
-TASK_HEAD_START = 2.0
-#: Seconds that the last look may take past the deadline: the longest timeout of one operation.
+#: Seconds that the last look may take past the deadline: two servers that are silent, one after the other.
 GRACE = 10.0
 
 
@@ -79,6 +78,14 @@ class Wanted:
     full: bool = False
     allow_shrink: bool = False
 
+    def refusal(self, truth: Readiness) -> SchemaError | None:
+        """Why this cannot be done to a deployment that stands so, or None."""
+        schema = truth.schema
+        if self.migrate or schema.ready or schema.refusal():
+            return schema.refusal()
+        pending = f"{len(schema.pending)} revisions are pending, and a re-warm applies none"
+        return SchemaError(schema.verdict, pending, "run `bifrost-bootstrap init`, which migrates and warms")
+
 
 def init(
     settings: Settings,
@@ -94,42 +101,54 @@ def init(
     with_worker: start a bootstrap worker on a queue of its own for as long as this takes. report: hears the progress
     of the steps. Safe to be run by any number of replicas, and to be killed at any instant.
     """
+    away: dict[str, BootstrapError] = {}
     try:
         with deadline.enforced(GRACE):
-            return _init(settings, deadline, wanted, report, with_worker=with_worker)
+            return _init(settings, deadline, wanted, report, away, with_worker=with_worker)
     except Overrun:
+        if away:
+            raise next(iter(away.values())) from None
         too_late = OwnWorkerDeadlineError if with_worker else DeadlineError
         raise too_late("an operation did not return", deadline.seconds) from None
 
 
-def _init(settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, *, with_worker: bool) -> InitReport:
+def _init(
+    settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, away: dict[str, BootstrapError],
+    *, with_worker: bool,
+) -> InitReport:  # fmt: skip
     tree = trees.load(settings)
     logger.info("tree %s (%s), heads %s", tree.config, tree.why, ", ".join(tree.heads) or "none")
-    truth = _glance(settings, tree)
-    if truth and truth.ready and wanted.migrate:
+    truth = _glance(settings, tree, deadline, away)
+    if truth and truth.nothing_to_do and wanted.migrate:
         return InitReport(truth, round(deadline.elapsed, 3), nothing_to_do=True)
-    if truth and (refusal := truth.schema.refusal()):
+    if truth and (refusal := wanted.refusal(truth)):
         raise refusal
+    if away and deadline.passed:
+        raise next(iter(away.values()))
     # Only from here on Celery is needed; nothing-to-do spares its import.
     from bifrost_bootstrap import chain
+    from bifrost_bootstrap.observer import Observer
     from bifrost_bootstrap.own_worker import OwnWorker
 
     queue = tree.queue(settings.database.target)
     waited = waiting.wait_for(_servers(settings) | {chain.described(): lambda: chain.queue_state(queue)}, deadline)
-    truth = _glance(settings, tree) if waited else truth
+    truth = _glance(settings, tree, deadline, away) if waited else truth
     with ExitStack() as stack:
-        worker = stack.enter_context(OwnWorker(queue)) if with_worker else None
+        worker = stack.enter_context(OwnWorker(queue, deadline)) if with_worker else None
         ensure_worker = worker.ensure_running if worker else None
         queue = worker.queue if worker else queue
-        return _Init(settings, tree, deadline, wanted, queue, ensure_worker, truth, report).run(waited)
+        observer = Observer(settings, tree, queue, deadline, own_worker=worker is not None, truth=truth, away=away)
+        return _Init(settings, deadline, wanted, queue, observer, ensure_worker, report).run(waited)
 
 
-def _glance(settings: Settings, tree: Tree) -> Readiness | None:
-    """Schema and cache, where they can be read at once."""
+def _glance(settings: Settings, tree: Tree, deadline: Deadline, away: dict[str, BootstrapError]) -> Readiness | None:
+    """Schema and cache, where they can be read at once; what is in the way goes into `away`."""
+    away.clear()
     try:
-        return readiness.look(settings, tree)
-    except (UnavailableError, RefusedError, WarmError) as error:
+        return readiness.look(settings, tree, compare=readiness.compare_timeout(deadline))
+    except (UnavailableError, RefusedError) as error:
         logger.debug("at first sight: %s", error)
+        away["schema and cache"] = error
         return None
 
 
@@ -149,14 +168,11 @@ class _Init:
     """One init that has something to do: observe, decide, act."""
 
     def __init__(
-        self, settings: Settings, tree: Tree, deadline: Deadline, wanted: Wanted, queue: str,
-        ensure_worker: Callable[[], None] | None, truth: Readiness | None, report: Report,
+        self, settings: Settings, deadline: Deadline, wanted: Wanted, queue: str, observer: Observer,
+        ensure_worker: Callable[[], None] | None, report: Report,
     ) -> None:  # fmt: skip
-        from bifrost_bootstrap.observer import Observer
-
         self.settings, self.deadline, self.wanted = settings, deadline, wanted
-        self.queue, self.ensure_worker = queue, ensure_worker
-        self.observer: Observer = Observer(settings, tree, queue, own_worker=ensure_worker is not None, truth=truth)
+        self.queue, self.observer, self.ensure_worker = queue, observer, ensure_worker
         self.losses = 0
         self.note, self.said, self.warned = "", Deadline(0), Deadline(0)
         self.report = report
@@ -169,6 +185,8 @@ class _Init:
             if not self.wanted.migrate and self.observer.results[1].status != "SUCCESS":
                 # A re-warm was asked for: that the cache was ready before it is no reason to leave it out.
                 seen = replace(seen, ready=False)
+            if self.observer.truth and (refusal := self.wanted.refusal(self.observer.truth)):
+                seen = replace(seen, refusal=refusal)
             decision = decide(seen)
             if seen.progress:
                 self.report(seen.progress)
@@ -183,28 +201,23 @@ class _Init:
                 case Fail(error):
                     raise error
                 case Enqueue(_, lost) if not self.deadline.passed:
-                    self.losses += lost
-                    self._enqueue()
+                    # One that a server did not let us send is decided on again.
+                    self.losses += self.observer.send(self._send) and lost
             if self.deadline.passed:
                 raise self._too_late(seen)
             self.deadline.sleep(LOOK_PAUSE)
 
-    def _enqueue(self) -> None:
+    def _send(self) -> SentChain:
         from bifrost_bootstrap import chain
 
-        remaining = max(0.0, self.deadline.remaining - TASK_HEAD_START)
-        try:
-            with redis_server.connect(self.settings.redis) as client:
-                sent = chain.send(
-                    client, self.queue, remaining=remaining, migrate=self.wanted.migrate, full=self.wanted.full,
-                    allow_shrink=self.wanted.allow_shrink,
-                )  # fmt: skip
-        except UnavailableError as error:
-            # Published or not: a second chain does no harm.
-            self.observer.away["the queue"] = error
-            return
-        self.observer.follow(sent)
+        with redis_server.connect(self.settings.redis, answer_timeout=waiting.LOOK_TIMEOUT) as client:
+            # Where it fails it may be published all the same: a second chain does no harm.
+            sent = chain.send(
+                client, self.queue, self.deadline, migrate=self.wanted.migrate, full=self.wanted.full,
+                allow_shrink=self.wanted.allow_shrink,
+            )  # fmt: skip
         logger.info("chain enqueued on %s: migrate %s, warm %s", self.queue, sent.migrate or "left out", sent.warm)
+        return sent
 
     def _warn_of_no_worker(self, seen: Observation) -> None:
         missing = seen.consumers == 0 and seen.sent and not (seen.taken or seen.away)
@@ -216,7 +229,7 @@ class _Init:
     def _say(self, decision: Decision, seen: Observation) -> None:
         if not isinstance(decision, Wait | Enqueue):
             return
-        note = seen.away or decision.note
+        note = self.observer.missing or decision.note
         if note == self.note and not self.said.passed:
             return
         self.note, self.said = note, Deadline(SAY_AGAIN)

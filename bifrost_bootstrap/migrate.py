@@ -77,11 +77,13 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
             error = unavailable
         else:
             continue
+        if not deadline.passed:
+            logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)
+            report(Progress("migrate", note=f"attempt {attempt + 1}: {error}"))
+            deadline.pause(attempt, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
         if deadline.passed:
+            # Not one more attempt, which would end when who waits for us has gone.
             raise error
-        logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)
-        report(Progress("migrate", note=f"attempt {attempt + 1}: {error}"))
-        deadline.pause(attempt, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
 
 
 def _look_at_result(settings: Settings, tree: Tree) -> None:

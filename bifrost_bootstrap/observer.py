@@ -16,6 +16,9 @@ from bifrost_bootstrap.waiting import LOOK_TIMEOUT, REFUSAL_PATIENCE
 
 #: Seconds between two looks at database and broker; the task states are one round trip and read every time.
 TRUTH_PAUSE = 2.0
+#: Among the servers that are away: one that a chain could not be sent over. Only sending one ends that, and so it keeps
+#: nobody from trying.
+SENDING = "the chain"
 #: Seconds that a result may take once its work is seen to be done (it may be lost), and between two looks for it.
 RESULT_PATIENCE, RESULT_PAUSE = 2.0, 0.05
 
@@ -25,12 +28,15 @@ class Observer:
     Gathers an `Observation` for one init, and never raises because a server is away.
 
     queue: where the chain is sent. own_worker: whether its only worker is ours, so that nobody consuming it yet
-    means nothing. truth: as it was read a moment ago, None where it could not be.
+    means nothing. truth: as it was read a moment ago, None where it could not be. away: filled with the servers that
+    could not be asked the last time, and the reason.
     """
 
     def __init__(
-        self, settings: Settings, tree: Tree, queue: str, *, own_worker: bool, truth: Readiness | None
-    ) -> None:
+        self, settings: Settings, tree: Tree, queue: str, deadline: Deadline, *, own_worker: bool,
+        truth: Readiness | None, away: dict[str, BootstrapError],
+    ) -> None:  # fmt: skip
+        self._deadline, self.away = deadline, away
         self._settings, self._tree, self._queue, self._own_worker = settings, tree, queue, own_worker
         self.truth, self._truth_read = truth, Deadline(TRUTH_PAUSE if truth else 0)
         #: The truth before anything of ours ran: a marker that is not in it was left by a warm that ran since.
@@ -43,12 +49,20 @@ class Observer:
         self._last_sign = self._sent_at = Deadline(0)
         self._due = Deadline(0)
         self._refused: dict[str, Deadline] = {}
-        #: The servers that could not be asked the last time, with the reason.
-        self.away: dict[str, BootstrapError] = {}
 
-    def follow(self, sent: SentChain) -> None:
-        """From now on this chain is ours; what was seen of an earlier one counts no more."""
+    @property
+    def missing(self) -> str:
+        """The servers that are away, in words; nothing has failed yet."""
+        reasons = {str(error.args[0] if isinstance(error, WarmError) else error) for error in self.away.values()}
+        return "; ".join(sorted(reasons))
+
+    def send(self, send: Callable[[], SentChain]) -> bool:
+        """Send a chain and follow it; False where a server does not let us. What was seen of an earlier one is over."""
+        return self._ask(SENDING, lambda: self._follow(send()))
+
+    def _follow(self, sent: SentChain) -> None:
         self._before = self._before or self.truth
+        self.truth = None
         self._sent, self._states = sent, (TaskState(), TaskState())
         self._taken = self._begun = False
         self._last_sign = self._sent_at = Deadline(0)
@@ -79,29 +93,33 @@ class Observer:
             self._ask("the migration lock", self._look_at_lock)
             self._ask("the queue", self._look_at_queue)
             self._due = Deadline(TRUTH_PAUSE)
-        if self.away:
+        if hindered := bool(self.away.keys() - {SENDING}):
             # Silence means nothing while we cannot hear.
             self._last_sign = Deadline(0)
+        # Before anything of ours has run, what a warm could put on the TTL policy is something to do.
+        ready = self.truth and (self.truth.ready if self._sent else self.truth.nothing_to_do)
         return Observation(
-            ready=bool(self.truth and self.truth.ready), refusal=self._refusal(),
-            away="; ".join(sorted({str(error) for error in self.away.values()})),
+            ready=bool(ready), refusal=self._refusal(), away=self.missing if hindered else "",
             sent=self._sent is not None, migrate=migrate, warm=warm,
             silent=self._last_sign.elapsed, age=self._sent_at.elapsed, taken=self._taken, begun=self._begun,
             losses=losses, holder=self._holder, queued=self._queue_state.messages,
             consumers=None if self._own_worker else self._queue_state.consumers,
         )  # fmt: skip
 
-    def _ask(self, what: str, look: Callable[[], None]) -> None:
+    def _ask(self, what: str, look: Callable[[], None]) -> bool:
+        """Whether it was answered. What Redis says against a write (out of memory, say) may pass, as a refusal may."""
         try:
             look()
-        except (UnavailableError, RefusedError) as error:
+        except UnavailableError as error:
             self.away[what] = error
-            if isinstance(error, RefusedError):
-                self._refused.setdefault(what, Deadline(REFUSAL_PATIENCE))
-                return
+        except (RefusedError, WarmError) as error:
+            self.away[what] = error
+            self._refused.setdefault(what, Deadline(REFUSAL_PATIENCE))
+            return False
         else:
             self.away.pop(what, None)
         self._refused.pop(what, None)
+        return what not in self.away
 
     def _refusal(self) -> BootstrapError | None:
         """Why waiting cannot help: no migration leads to this tree's head, or a server goes on refusing us."""
@@ -113,12 +131,15 @@ class Observer:
         if self._sent is None:
             return
         with redis_server.connect(self._settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
-            chain.want(client, self._sent)
-            states = chain.states(client, self._sent)
+            # Read first: a Redis that refuses to be written to still tells how it stands.
+            self._note(self._sent, chain.states(client, self._sent))
+            chain.want(client, self._sent, self._deadline)
+
+    def _note(self, sent: SentChain, states: tuple[TaskState, TaskState]) -> None:
         if states != self._states or any(state.held for state in states):
             self._last_sign = Deadline(0)
         # A migrate that was left out counts as done.
-        ours = states if self._sent.migrate else states[1:]
+        ours = states if sent.migrate else states[1:]
         self._begun = self._begun or any(state.begun for state in ours)
         self._taken = self._taken or self._begun or any(state.held for state in ours)
         self._states = states
@@ -129,13 +150,13 @@ class Observer:
         # While our chain is on its way a comparison would cost as much as its warm, and tell nothing.
         compare = self._sent is None or self._states[1].status == "SUCCESS"
         since = self._before.marker if self._before else None
-        try:
-            self.truth = readiness.look(
-                self._settings, self._tree, since=since, marker_suffices=self._before is not None, compare=compare
-            )
-        except WarmError:
-            # The rows cannot be compared; the warm will say why.
-            self.truth = None
+        self.truth = readiness.look(
+            self._settings, self._tree, since=since, marker_suffices=self._before is not None,
+            compare=readiness.compare_timeout(self._deadline) if compare else 0,
+        )  # fmt: skip
+        if self._sent and self.truth.obstacle:
+            # It does not say that the warm was lost.
+            raise WarmError(self.truth.obstacle)
 
     def _look_at_lock(self) -> None:
         with postgres.connect(self._settings.database, "init", answer_timeout=LOOK_TIMEOUT) as connection:

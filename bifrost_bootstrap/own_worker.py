@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from bifrost_bootstrap import settings as environment
-from bifrost_bootstrap.errors import ExitCode, MigrateGivenUpError, SettingsError
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import ExitCode, InternalError, SettingsError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class OwnWorker:
     Its process ends with ours: it is killed at the end, and ends by itself when its stdin does.
     """
 
-    def __init__(self, tree_queue: str) -> None:
+    def __init__(self, tree_queue: str, deadline: Deadline) -> None:
+        self._deadline = deadline
         self.queue = f"{tree_queue}.{uuid.uuid4().hex[:8]}"
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
@@ -40,22 +42,36 @@ class OwnWorker:
         """
         Start the worker, or start it again where it died.
 
-        Raises MigrateGivenUpError after `MOST_STARTS`, SettingsError where starting it again cannot help.
+        Raises SettingsError where starting it again cannot help; after `MOST_STARTS` InternalError where it says that
+        it has a bug, else UnavailableError.
         """
         if self._process and self._process.poll() is None:
             return
-        if self._process and self._process.returncode == ExitCode.CONFIGURATION:
-            raise SettingsError([f"the worker ended with code {ExitCode.CONFIGURATION}; the lines above it say why"])
-        if self._process and self._starts >= MOST_STARTS:
-            raise MigrateGivenUpError(self._starts, f"the worker ended with code {self._process.returncode}")
         if self._process:
-            logger.warning("the worker ended with code %s; starting another", self._process.returncode)
+            self._judge(self._process.returncode)
+            self._process.communicate()
         self._starts += 1
+        variables = environment.child_environment(
+            BIFROST_RUN_QUEUE=self.queue, TMPDIR=self._folder.name,
+            # It waits for its servers no longer than we do.
+            BIFROST_INIT_TIMEOUT=f"{self._deadline.remaining:.0f}s",
+        )  # fmt: skip
+        variables.pop("BIFROST_INIT_TIMEOUT_FILE", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bifrost_bootstrap", "worker"],
-            env=environment.child_environment(BIFROST_RUN_QUEUE=self.queue, TMPDIR=self._folder.name),
-            stdin=subprocess.PIPE, stdout=sys.stderr,
+            env=variables, stdin=subprocess.PIPE, stdout=sys.stderr,
         )  # fmt: skip
+
+    def _judge(self, code: int) -> None:
+        """Whether another start may help."""
+        if code == ExitCode.CONFIGURATION:
+            raise SettingsError([f"the worker ended with code {ExitCode.CONFIGURATION}; the lines above it say why"])
+        if self._starts >= MOST_STARTS:
+            ended = f"ended with code {code} the last of {self._starts} times; the lines above it say why"
+            if code == ExitCode.BUG:
+                raise InternalError(f"the worker of this init {ended}")
+            raise UnavailableError("the worker of this init", f"it {ended}")
+        logger.warning("the worker ended with code %s; starting another", code)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -63,6 +79,6 @@ class OwnWorker:
         assert self._process
         # Nobody else consumes its queue and what it did is stored: a clean stop would only take 2 s longer.
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
         # Killed, it leaves the shared memory of its pool.
         self._folder.cleanup()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bifrost_bootstrap import cache_diff, redis_server, schema as schemas, tree as trees
+from bifrost_bootstrap import cache_diff, readiness, redis_server, schema as schemas, tree as trees
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.errors import WarmError
 from bifrost_bootstrap.module_cache import ModuleCache
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
     diff, no_diff, size = None, "", 0
     try:
         with (
-            redis_server.connect(settings.redis) as client,
-            cache_diff.snapshots(settings.database, settings.alembic_version_table) as take,
+            redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client,
+            cache_diff.snapshots(
+                settings.database, settings.alembic_version_table, answer_timeout=readiness.COMPARE_TIMEOUT
+            ) as take,
         ):
             states = ModuleCache(client, settings.module_cache_ttl).states()
             with take() as rows:

@@ -39,9 +39,7 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-#: Message header: seconds that the waiting init has left. Calls by hand have none.
-DEADLINE_HEADER = "bifrost_deadline"
-#: Header of the first task of a chain that an init waits for: it runs only while that init wants it.
+#: Message header: the id of the first task of the chain that an init waits for. Calls by hand have none.
 WANTED_HEADER = "bifrost_wanted"
 
 
@@ -51,7 +49,11 @@ def progress_key(task_id: str) -> bytes:
 
 
 def wanted_key(task_id: str) -> bytes:
-    """Exists while an init waits for the chain that begins with this task."""
+    """
+    Exists while an init waits for the chain that begins with this task: the seconds that a task may wait from now on.
+
+    Not in the message, which may lie in the queue for as long as a worker needs to start.
+    """
     return b"bifrost:bootstrap:wanted:" + task_id.encode()
 
 

@@ -9,16 +9,19 @@ from typing import Any
 from bifrost_bootstrap import cache_diff, redis_server, schema as schemas
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import UnavailableError
+from bifrost_bootstrap.errors import CertificateError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.module_cache import Marker, ModuleCache
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.waiting import LOOK_TIMEOUT, REFUSAL_PATIENCE
 
 logger = logging.getLogger(__name__)
 
-#: Seconds from a first look that found a difference to the second, and between looks that wait.
+#: Seconds from a first comparison that found a difference to the second, and between looks that wait.
 SECOND_LOOK, LOOK_PAUSE = 0.2, 1.0
+#: Seconds that PostgreSQL may take for one comparison: 100,000 modules without a hash that can be trusted need ten.
+COMPARE_TIMEOUT = 30.0
 #: Seconds between two log lines that say the same.
 SAY_AGAIN = 10.0
 
@@ -28,8 +31,9 @@ class Readiness:
     """
     Schema and cache as they stand.
 
-    diff: None where the schema is not ready (the rows of another schema say nothing) or where the marker told
-    enough. marker: what the last warm left. modules: paths in the index.
+    diff: None where the schema is not ready (the rows of another schema say nothing), where the marker told enough,
+    or where rows and cache cannot be compared: `obstacle` says why then. marker: what the last warm left. modules:
+    paths in the index.
     """
 
     schema: SchemaState
@@ -37,16 +41,24 @@ class Readiness:
     marker: Marker | None = None
     modules: int = 0
     warmed: bool = False
+    obstacle: str = ""
 
     @property
     def ready(self) -> bool:
-        return self.schema.ready and (self.warmed or (self.diff is not None and self.diff.empty))
+        """
+        Every module has its entry, and nothing else has.
 
-    def confirmed_by(self, later: Readiness) -> Readiness:
-        """The later look, without differences that only one of the two saw."""
-        if self.diff is None or later.diff is None:
-            return later
-        return replace(later, diff=later.diff.only(self.diff.same_as(later.diff)))
+        An entry that is right and off the TTL policy, as the API writes them, keeps nobody from starting.
+        """
+        diff = self.diff
+        return self.schema.ready and (
+            self.warmed or (diff is not None and not (diff.added or diff.changed or diff.removed))
+        )
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Ready, and a warm would not find an entry to put on the TTL policy either."""
+        return self.ready and (self.diff is None or self.diff.empty)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -60,6 +72,8 @@ class Readiness:
             return f"schema is {self.schema.verdict.replace('_', ' ')}" + (f", {pending} pending" if pending else "")
         if self.ready:
             return ""
+        if self.obstacle:
+            return f"module cache cannot be compared: {self.obstacle}"
         return f"module cache differs: {self.diff.summary()}" if self.diff else "module cache was not warmed"
 
 
@@ -67,56 +81,76 @@ def look(
     settings: Settings,
     tree: Tree,
     *,
+    compare: float,
     since: Marker | None = None,
     marker_suffices: bool = False,
-    compare: bool = True,
 ) -> Readiness:
     """
-    Read where schema and cache stand, changing nothing.
+    Read where schema and cache stand, changing nothing, in bounded time.
 
     With `marker_suffices`, a warm that settled after the marker `since` was read, from the database as it is now,
-    is believed without comparing again: its own last comparison found no difference. compare: otherwise compare;
-    without, what no marker tells is not ready.
+    is believed without comparing again: its own last comparison found no difference. compare: otherwise compare, and
+    give PostgreSQL so many seconds for it; with 0, what no marker tells is not ready.
 
-    Raises UnavailableError, RefusedError, WarmError (no such table).
+    Raises UnavailableError, RefusedError.
     """
     schema = schemas.look(settings.database, tree, settings)
-    with redis_server.connect(settings.redis) as client:
-        cache = ModuleCache(client, settings.module_cache_ttl)
-        marker, modules = cache.marker(), cache.size()
-        if not schema.ready:
-            return Readiness(schema, None, marker, modules)
-        newer = marker is not None and (since is None or marker.warm_id != since.warm_id)
-        if marker_suffices and newer and marker and marker.tells(modules, schema.database_heads):
-            return Readiness(schema, None, marker, modules, warmed=True)
-        if not compare:
-            return Readiness(schema, None, marker, modules)
-        diff = cache_diff.look(cache, settings.database, settings.alembic_version_table)
-        return Readiness(schema, diff, marker, modules)
+    found = Readiness(schema)
+    try:
+        with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
+            cache = ModuleCache(client, settings.module_cache_ttl)
+            marker, modules = cache.marker(), cache.size()
+            found = Readiness(schema, None, marker, modules)
+            if not schema.ready:
+                return found
+            newer = marker is not None and (since is None or marker.warm_id != since.warm_id)
+            if marker_suffices and newer and marker and marker.tells(modules, schema.database_heads):
+                return replace(found, warmed=True)
+            return replace(found, diff=_difference(settings, cache, compare)) if compare else found
+    except WarmError as error:
+        # No such table, or what Redis says against being read: the warm will end in it.
+        return replace(found, obstacle=str(error.args[0]))
+
+
+def compare_timeout(deadline: Deadline) -> float:
+    """Seconds for a comparison by somebody who has a deadline; past it a short one, since the last look decides."""
+    return min(COMPARE_TIMEOUT, max(LOOK_TIMEOUT, deadline.remaining))
+
+
+def _difference(settings: Settings, cache: ModuleCache, answer_timeout: float) -> CacheDiff:
+    """What differs for certain, seen twice: a live writer commits a moment before he writes his entry."""
+
+    def compare() -> CacheDiff:
+        return cache_diff.look(cache, settings.database, settings.alembic_version_table, answer_timeout=answer_timeout)
+
+    first = compare()
+    if first.empty:
+        return first
+    Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
+    again = compare()
+    return again.only(first.same_as(again))
 
 
 def wait_until_ready(settings: Settings, tree: Tree, deadline: Deadline) -> Readiness:
     """
     Look, and where it is not ready look again until the deadline; the last look is returned.
 
-    A difference counts when it was seen twice: a live writer commits a moment before he writes his entry.
-    Servers that are away are waited for. Raises their error at the deadline.
+    Servers that are away are waited for, and one that refuses us for `REFUSAL_PATIENCE`. Raises their error at the
+    end, a CertificateError at once.
     """
+    refused: Deadline | None = None
     said: Deadline | None = None
     while True:
         try:
-            found = look(settings, tree)
-            if found.diff and not found.diff.empty and found.schema.ready:
-                Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
-                found = found.confirmed_by(look(settings, tree))
-            missing = found.missing()
-        except UnavailableError as error:
-            if deadline.passed:
-                raise
-            missing = str(error)
-        else:
+            found = look(settings, tree, compare=COMPARE_TIMEOUT)
             if found.ready or deadline.passed:
                 return found
+            missing, refused = found.missing(), None
+        except (UnavailableError, RefusedError) as error:
+            refused = (refused or Deadline(REFUSAL_PATIENCE)) if isinstance(error, RefusedError) else None
+            if deadline.passed or isinstance(error, CertificateError) or (refused and refused.passed):
+                raise
+            missing = str(error)
         if said is None or said.passed:
             said = Deadline(SAY_AGAIN)
             logger.info("not ready: %s (%.0fs of %.0fs)", missing, deadline.elapsed, deadline.seconds)

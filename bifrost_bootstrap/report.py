@@ -11,7 +11,7 @@ from bifrost_bootstrap.errors import BootstrapError, ExitCode, masked
 #: Version of the JSON object of `--json`; fields may be added under one number, not changed.
 SCHEMA = 1
 #: The commands whose success does not say that the deployment is ready.
-_DONE = {"plan": "planned", "load": "loaded"}
+_DONE = {"plan": "planned", "load": "loaded", "worker": "stopped"}
 #: Bytes that Kubernetes keeps of a termination message.
 TERMINATION_BYTES = 4096
 #: How text is written that the output's encoding has no character for: a file name may be any bytes.
@@ -25,7 +25,7 @@ def json_object(command: str, code: ExitCode, facts: dict[str, Any]) -> str:
 
 
 def verdict(command: str, code: ExitCode) -> str:
-    """The end in a word: "ready" (of a plan "planned", of a load "loaded"), "not_ready", "migration", …"""
+    """The end in a word: "ready" (of other commands "planned", "loaded", "stopped"), "not_ready", "migration", …"""
     return _DONE.get(command, "ready") if code is ExitCode.OK else code.name.lower()
 
 

@@ -34,6 +34,12 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 #: What a command may need: the URL of a server, or a tree.
 Need = Literal["database", "redis", "rabbitmq", "tree"]
+#: The fields of each server.
+SERVERS: dict[Need, tuple[str, ...]] = {
+    "database": ("database_url", "migration_database_url"),
+    "redis": ("redis_url",),
+    "rabbitmq": ("rabbitmq_url",),
+}
 
 
 def duration(value: object) -> float:
@@ -151,34 +157,48 @@ def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = Non
     Read the environment (default: the process's own).
 
     Raises SettingsError with every fault: one of `needs` absent, a value that cannot be read, a variable and
-    its `_FILE` twin both set, a file that cannot be read. A value is never part of a message.
+    its `_FILE` twin both set, a file that cannot be read. A value is never part of a message. The URL of a server
+    that is not among `needs` may be faulty, and counts as not set then.
     """
-    environment = os.environ if environment is None else environment
-    faults: list[str] = []
+    needs = set(needs)
+    values, faults = _read_all(os.environ if environment is None else environment)
+    known = values.keys() | {name for name, _ in faults}
+    if "tree" in needs and "alembic_config" not in known and not DEFAULT_TREE.is_file():
+        faults.append(("alembic_config", NO_TREE))
+    for need in SERVERS:
+        if need in needs and f"{need}_url" not in known:
+            missing = f"{PREFIX}{need.upper()}_URL is not set (nor {need.upper()}_URL, nor their _FILE)"
+            faults.append((f"{need}_url", missing))
+    spared = {name for need, names in SERVERS.items() if need not in needs for name in names}
+    if told := [fault for name, fault in faults if name not in spared]:
+        raise SettingsError(told)
+    faulty = {name for name, _ in faults}
+    return Settings.model_validate({name: value for name, value in values.items() if name not in faulty})
+
+
+def fault_of(server: Need, environment: Mapping[str, str] | None = None) -> str:
+    """What is wrong with the URL of a server that a command can do without; "" where it is right, or not set."""
+    _, faults = _read_all(os.environ if environment is None else environment)
+    return "; ".join(fault for name, fault in faults if name in SERVERS[server])
+
+
+def _read_all(environment: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The values by field, and (field, what is wrong with it)."""
+    faults: list[tuple[str, str]] = []
     values: dict[str, str] = {}
-    sources, faulty = {}, set()
+    sources: dict[str, str] = {}
     for name in Settings.model_fields:
         for variable in _variables(name):
             value, fault = _read(variable, environment)
             if fault:
-                faults.append(fault)
-                faulty.add(name)
+                faults.append((name, fault))
             if value:
                 values[name], sources[name] = value, variable
                 break
     if "alembic_config" not in values and environment.get("ALEMBIC_CONFIG"):
         values["alembic_config"] = environment["ALEMBIC_CONFIG"]
     values = _with_kubernetes(values)
-    for need in needs:
-        if need == "tree":
-            if "alembic_config" not in values.keys() | faulty and not DEFAULT_TREE.is_file():
-                faults.append(NO_TREE)
-        elif f"{need}_url" not in values.keys() | faulty:
-            faults.append(f"{PREFIX}{need.upper()}_URL is not set (nor {need.upper()}_URL, nor their _FILE)")
-    settings, malformed = _validate(values, sources)
-    if settings is None or faults:
-        raise SettingsError(faults + malformed)
-    return settings
+    return values, faults + _malformed(values, sources)
 
 
 def load_telling(environment: Mapping[str, str] | None = None) -> Settings:
@@ -189,7 +209,7 @@ def load_telling(environment: Mapping[str, str] | None = None) -> Settings:
     """
     environment = os.environ if environment is None else environment
     values = {name: _read(PREFIX + name.upper(), environment)[0] for name in TELLING}
-    legal = {name: value for name, value in values.items() if value and _validate({name: value}, {name: ""})[0]}
+    legal = {name: value for name, value in values.items() if value and not _malformed({name: value}, {name: ""})}
     return Settings.model_validate(_with_kubernetes(legal))
 
 
@@ -219,14 +239,16 @@ def _read(variable: str, environment: Mapping[str, str]) -> tuple[str, str]:
         return "", f"{variable}_FILE names {file}, which cannot be read: {reason}"
 
 
-def _validate(values: Mapping[str, str], sources: Mapping[str, str]) -> tuple[Settings | None, list[str]]:
+def _malformed(values: Mapping[str, str], sources: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(field, what is wrong with its value)."""
     try:
-        return Settings.model_validate(values), []
+        Settings.model_validate(values)
     except ValidationError as error:
-        return None, [
-            f"{sources[str(fault['loc'][0])]} {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors(include_url=False, include_input=False)
+        faults = [
+            (str(fault["loc"][0]), fault["msg"]) for fault in error.errors(include_url=False, include_input=False)
         ]
+        return [(name, f"{sources[name]} {text.removeprefix('Value error, ')}") for name, text in faults]
+    return []
 
 
 def child_environment(**changes: str) -> dict[str, str]:

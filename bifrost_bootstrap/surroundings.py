@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bifrost_bootstrap import postgres, redis_server
+from bifrost_bootstrap import postgres, redis_server, settings as environment
 from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def look(settings: Settings, tree: Tree) -> Surroundings:
 
 def _redis(settings: Settings) -> str:
     try:
-        with redis_server.connect(settings.redis) as client:
+        with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
             found = redis_server.facts(client)
     except BootstrapError as error:
         return str(error)
@@ -56,7 +57,7 @@ def _invalid_indexes(settings: Settings) -> dict[str, str]:
 
 def _worker(settings: Settings, tree: Tree) -> str:
     if not settings.rabbitmq_url:
-        return ""
+        return environment.fault_of("rabbitmq")
     # Only here: importing Celery takes longer than all the rest.
     from bifrost_bootstrap import chain
 

@@ -19,7 +19,6 @@ from bifrost_bootstrap.errors import BootstrapError, InternalError, UnwantedErro
 from bifrost_bootstrap.migrate import migrate as migrate_step
 from bifrost_bootstrap.progress import (
     BEAT,
-    DEADLINE_HEADER,
     HELD_TTL,
     WANTED_HEADER,
     Progress,
@@ -52,9 +51,7 @@ class BootstrapTask(Task):  # type: ignore[misc]
         headers = self.request.headers or {}
         try:
             settings = environment.load(needs=("database", "redis"))
-            if wanted := headers.get(WANTED_HEADER):
-                _must_be_wanted(settings, wanted)
-            deadline = Deadline(float(headers.get(DEADLINE_HEADER, settings.init_timeout)))
+            deadline = _deadline(settings, headers.get(WANTED_HEADER), self.request.id)
             with _publishing(settings, self.request.id) as report:
                 yield settings, deadline, report
         except BootstrapError as error:
@@ -79,10 +76,19 @@ def warm_module_cache(self: BootstrapTask, full: bool = False, allow_shrink: boo
         return warm_step(settings, deadline, report, full=full, allow_shrink=allow_shrink).to_dict()
 
 
-def _must_be_wanted(settings: Settings, task_id: str) -> None:
+def _deadline(settings: Settings, chain: str | None, task_id: str) -> Deadline:
+    """
+    What the init that waits for this chain has left; without one, that of a call by hand.
+
+    Raises UnwantedError for the first task of a chain that no init waits for any more; what has begun goes on.
+    """
+    if not chain:
+        return Deadline(settings.init_timeout)
     with redis_server.connect(settings.redis) as client:
-        if not client.exists(wanted_key(task_id)):
-            raise UnwantedError(task_id)
+        seconds = client.get(wanted_key(chain))
+    if seconds is None and chain == task_id:
+        raise UnwantedError(chain)
+    return Deadline(settings.init_timeout if seconds is None else float(seconds))
 
 
 def touch(health_file: Path) -> None:

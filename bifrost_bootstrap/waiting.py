@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a server, and between two log lines about it.
 LOOK_PAUSE, SAY_AGAIN = 0.5, 10.0
+#: Seconds after which a server that is silent is named, although its first look has not ended.
+SILENCE = 1.0
 #: Seconds that a server gets for the answer to one look.
 LOOK_TIMEOUT = 5.0
 #: Seconds for which a refused login may still become right: the official images create user and database while
@@ -40,19 +42,29 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
     longer than `REFUSAL_PATIENCE`, and a CertificateError and any other error of a look at once.
     """
     since = Deadline(deadline.remaining)
+    # The one that was heard of last comes last.
     missing: dict[str, BaseException] = {server: UnavailableError(server, "no answer yet") for server in servers}
+    unheard = set(servers)
     refused: dict[str, Deadline] = {}
     said: dict[str, Deadline] = {}
     waited: list[Waited] = []
     seen: Queue[tuple[str, BaseException | None]] = Queue()
     given_up = Event()
+
+    def say(server: str) -> None:
+        if server not in said or said[server].passed:
+            said[server] = Deadline(SAY_AGAIN)
+            logger.info("waiting for it: %s (%.0fs of %.0fs)", missing[server], deadline.elapsed, deadline.seconds)
+
     for server, look in servers.items():
         # Each in a thread of its own, none has to wait for another; a look that hangs must not keep the process.
         Thread(target=_watch, args=(server, look, seen, given_up), name=server, daemon=True).start()
     try:
         while missing:
             if deadline.passed:
-                raise next(iter(missing.values()))
+                raise list(missing.values())[-1]
+            for silent in missing if since.elapsed > SILENCE else ():
+                say(silent)
             try:
                 server, error = seen.get(timeout=min(LOOK_PAUSE, deadline.remaining))
             except Empty:
@@ -63,19 +75,26 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
                     waited.append(Waited(server, round(since.elapsed, 1)))
                     logger.info("%s is there after %.1fs", server, since.elapsed)
                 continue
+            if server in unheard:
+                # What it says now is more than that it was silent.
+                unheard.remove(server)
+                said.pop(server, None)
+            del missing[server]
             missing[server] = error
-            if not isinstance(error, RefusedError):
-                refused.pop(server, None)
-            elif refused.setdefault(server, Deadline(REFUSAL_PATIENCE)).passed or isinstance(error, CertificateError):
+            if not isinstance(error, UnavailableError | RefusedError) or _lasts(server, error, refused):
                 raise error
-            if not isinstance(error, UnavailableError | RefusedError):
-                raise error
-            if server not in said or said[server].passed:
-                said[server] = Deadline(SAY_AGAIN)
-                logger.info("waiting for it: %s (%.0fs of %.0fs)", error, deadline.elapsed, deadline.seconds)
+            say(server)
     finally:
         given_up.set()
     return waited
+
+
+def _lasts(server: str, error: BaseException, refused: dict[str, Deadline]) -> bool:
+    """Whether waiting does not help. refused: the patience with each server that refuses us."""
+    if not isinstance(error, RefusedError):
+        refused.pop(server, None)
+        return False
+    return refused.setdefault(server, Deadline(REFUSAL_PATIENCE)).passed or isinstance(error, CertificateError)
 
 
 def _watch(server: str, look: Look, seen: Queue[tuple[str, BaseException | None]], given_up: Event) -> None:

@@ -104,7 +104,10 @@ def test_broken_migration(
     assert "ALTER TABLE nowhere ADD COLUMN x int" in said
     assert "applied before it: aaa1" in said
     assert "what to do: " in said
-    assert "(exit 1)" in said.splitlines()[-1]
+    last = said.splitlines()[-1]
+    assert last.endswith("(exit 1)")
+    assert "revision bbb2" in last
+    assert "what to do: " in last
     assert heads(database) == ["aaa1"]
     assert cached(redis_url) == {}
     assert "bifrost.bootstrap.warm_module_cache" not in {
@@ -232,6 +235,40 @@ def test_deadline(
     assert (done.returncode, done.stdout) == (124, "")
     assert re.search(r"init: the deadline of 4s passed while: .*; work already running goes on", done.stderr)
     wait_until(lambda: heads(database) == ["bbb2"], "the end of the migration")
+
+
+def test_m11_table_lock_seen_from_init(
+    tree: Path,
+    tree_env: dict[str, str],
+    start_command: StartCommand,
+    start_worker: StartWorker,
+    run_bootstrap: RunBootstrap,
+    database: Database,
+) -> None:
+    """A session keeps the table, and the worker comes long after init: 75 with its pid, from the task itself."""
+    assert run_bootstrap("init", "--with-worker", env=tree_env).returncode == 0
+    add_revision(tree, "bbb2", "aaa1", "ALTER TABLE workspace_files ADD COLUMN x int", "Want the table")
+    with database.connect() as report:
+        report.execute("BEGIN; SELECT * FROM workspace_files")
+        init = start_command([*BOOTSTRAP, "init", "--timeout", "25s"], env=tree_env)
+        init.wait_for("no bootstrap worker")
+        start_worker(env=tree_env)
+        done = init.wait()
+        pid = report.info.backend_pid
+    assert done.returncode == 75, done.stderr
+    assert f"a table lock for revision bbb2 was not to be had until the deadline; held by pid {pid} " in done.stderr
+    assert f"pid {pid} " in done.stderr.splitlines()[-1]
+
+
+def test_rewarm_applies_no_revision(
+    tree: Path, tree_env: dict[str, str], bootstrap_worker: Command, run_bootstrap: RunBootstrap
+) -> None:
+    """With revisions pending a re-warm says so at once, in 1, and sends nothing."""
+    done = run_bootstrap("rewarm", env=tree_env)
+    assert done.returncode == 1
+    assert "1 revisions are pending" in done.stderr.splitlines()[-1]
+    assert "run `bifrost-bootstrap init`" in done.stderr.splitlines()[-1]
+    assert "chain enqueued" not in done.stderr
 
 
 def test_two_heads(tree: Path, tree_env: dict[str, str], run_bootstrap: RunBootstrap, database: Database) -> None:

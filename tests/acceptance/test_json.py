@@ -56,7 +56,7 @@ def test_objects_of_failures(command: str, run_bootstrap: RunBootstrap, clean_en
 def test_the_description_knows_every_code_and_no_field_by_chance() -> None:
     """Codes and verdicts of the description are those of the code; a field that nobody described is found."""
     assert SCHEMA["properties"]["exit_code"]["enum"] == [int(code) for code in ExitCode]
-    verdicts = {report.verdict(command, code) for command in ("init", "plan", "load") for code in ExitCode}
+    verdicts = {report.verdict(command, code) for command in ("init", "plan", "load", "worker") for code in ExitCode}
     assert set(SCHEMA["properties"]["verdict"]["enum"]) == verdicts
     head = {"schema": 1, "command": "check", "verdict": "usage", "exit_code": 130}
     VALIDATOR.validate(head)

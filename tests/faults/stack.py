@@ -34,6 +34,13 @@ PHASE_TIMEOUT = 60.0
 #: Seconds after which nothing of ours may be left in broker and database.
 CLEAN_TIMEOUT = 60.0
 SERVERS = ("postgres", "redis", "rabbitmq")
+#: `bifrost-bootstrap init` with a shorter patience for refusals in the middle than the 30 s that it has.
+LESS_PATIENT = """
+import sys
+from bifrost_bootstrap import cli, observer
+observer.REFUSAL_PATIENCE = 2.0
+sys.exit(cli.run(["init", "--timeout", "3m"]))
+"""
 
 
 @dataclass

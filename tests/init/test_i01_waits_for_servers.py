@@ -15,7 +15,7 @@ from bifrost_bootstrap import postgres, waiting
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import RefusedError, UnavailableError
 from bifrost_bootstrap.urls import parse_postgres
-from tests.faults.stack import COMPLETE, Deployment
+from tests.faults.stack import COMPLETE, LESS_PATIENT, Deployment
 from tests.servers import PLANTED_PASSWORD
 
 
@@ -64,7 +64,7 @@ def test_i01_a_server_that_is_away_until_the_deadline_is_69(deployment: Deployme
     deployment.stack.init_lines.redis.refuse()
     done = deployment.start_init(timeout="2s").wait()
     assert done.returncode == 69
-    assert f"Redis 127.0.0.1:{deployment.stack.init_lines.redis.port}" in done.stderr.splitlines()[-2]
+    assert f"Redis 127.0.0.1:{deployment.stack.init_lines.redis.port}" in done.stderr.splitlines()[-1]
 
 
 def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deployment) -> None:
@@ -134,15 +134,6 @@ def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, pati
     assert not deadline.passed
 
 
-#: `bifrost-bootstrap init` with a shorter patience for refusals in the middle than the 30 s that it has.
-LESS_PATIENT = """
-import sys
-from bifrost_bootstrap import cli, observer
-observer.REFUSAL_PATIENCE = 2.0
-sys.exit(cli.run(["init", "--timeout", "3m"]))
-"""
-
-
 def test_i01_a_refusal_in_the_middle_is_78(deployment: Deployment) -> None:
     """A database that is dropped while init waits for its chain ends it with 78 after a while, not at the deadline."""
     environment = deployment.environment(deployment.stack.init_lines)
@@ -151,7 +142,60 @@ def test_i01_a_refusal_in_the_middle_is_78(deployment: Deployment) -> None:
     deployment.stack.postgres.drop_database(deployment.database)
     done = init.wait()
     assert done.returncode == 78
-    assert "does not exist" in done.stderr.splitlines()[-2]
+    assert "does not exist" in done.stderr.splitlines()[-1]
+
+
+def test_i01_a_silent_redis_is_69(deployment: Deployment) -> None:
+    """Redis accepts and never answers, from the start on: init says so within seconds, and names it at the deadline."""
+    line = deployment.stack.init_lines.redis
+    line.cut()
+    init = deployment.start_init(timeout="15s")
+    waiting_line = init.wait_for(r"waiting for it: Redis \S+ is not available: .* \((\d+)s of 15s\)")
+    assert int(waiting_line[1]) < 10
+    done = init.wait()
+    assert done.returncode == 69
+    assert f"Redis 127.0.0.1:{line.port}" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["init", "check", "plan"])
+def test_i01_a_table_that_is_locked_is_69(deployment: Deployment, command: str) -> None:
+    """A comparison that somebody's lock on the table blocks ends, and the server is named."""
+    deployment.start_worker()
+    assert deployment.start_init().wait().returncode == 0
+    deployment.database.execute("UPDATE workspace_files SET content = 'three' WHERE path = 'kept'")
+    options = ["--timeout", "6s"] if command == "init" else []
+    program = f"""
+import sys
+from bifrost_bootstrap import cli, readiness
+readiness.COMPARE_TIMEOUT = 3.0
+sys.exit(cli.run({[command, *options]}))
+"""
+    with deployment.database.connect() as somebody:
+        somebody.execute("BEGIN; LOCK TABLE workspace_files")
+        environment = deployment.environment(deployment.stack.init_lines)
+        done = deployment.commands.start([sys.executable, "-c", program], env=environment, cwd=deployment.folder).wait()
+    assert done.returncode == 69
+    assert re.search(r"PostgreSQL \S+ is not available: no answer within \ds", done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("hangs", "code", "words"), [
+    ("readiness.look", 124, "an operation did not return"),
+    ("waiting.wait_for", 69, "Redis 127.0.0.1:"),
+])  # fmt: skip
+def test_i01_what_nobody_thought_of_ends_too(deployment: Deployment, hangs: str, code: int, words: str) -> None:
+    """A call that never returns is ended soon after the deadline; a server that is known to be away is named."""
+    deployment.stack.init_lines.redis.refuse()
+    program = f"""
+import sys, time
+from bifrost_bootstrap import cli, init, readiness, waiting
+init.GRACE = 1.0
+{hangs} = lambda *_, **__: time.sleep(600)
+sys.exit(cli.run(["init", "--timeout", "2s"]))
+"""
+    environment = deployment.environment(deployment.stack.init_lines)
+    done = deployment.commands.start([sys.executable, "-c", program], env=environment, cwd=deployment.folder).wait()
+    assert done.returncode == code
+    assert words in done.stderr.splitlines()[-1]
 
 
 def test_i01_a_foreign_error_of_a_look_is_not_swallowed() -> None:

@@ -44,9 +44,10 @@ SEND = """
 import json, sys
 from bifrost_bootstrap import chain, redis_server, settings
 from bifrost_bootstrap.celery import app
+from bifrost_bootstrap.deadline import Deadline
 configured = settings.load(("redis",))
 with redis_server.connect(configured.redis) as client:
-    sent = chain.send(client, sys.argv[1], remaining=33.5)
+    sent = chain.send(client, sys.argv[1], Deadline(33.5))
 print(json.dumps({"migrate": sent.migrate, "warm": sent.warm}))
 """
 

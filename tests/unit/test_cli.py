@@ -16,7 +16,7 @@ import pytest
 import bifrost_bootstrap
 from bifrost_bootstrap import cli
 from bifrost_bootstrap.errors import ExitCode
-from tests.conftest import RunBootstrap, RunCommand
+from tests.conftest import RunBootstrap, RunCommand, StartCommand
 
 COMMANDS = ("init", "rewarm", "check", "plan", "worker", "load")
 #: The command as pip has installed it.
@@ -228,6 +228,55 @@ def test_reader_that_has_gone(arguments: list[str], code: int, clean_env: dict[s
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-"])
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("check --json", 78), ("check", 78), ("nonsense", 64)])
+def test_stdout_that_cannot_be_written(
+    words: str, code: int, redirection: str, run_command: RunCommand, clean_env: dict[str, str]
+) -> None:
+    """A full disk, and a stdout that is closed, change no exit code; a full disk is told."""
+    shell = f'exec "$0" -m bifrost_bootstrap {words} {redirection}'
+    done = run_command(["/bin/sh", "-c", shell, sys.executable], env=clean_env)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    lost = "WARNING the result cannot be written to stdout: No space left on device" in done.stderr
+    assert lost is ("full" in redirection and words in ("--help", "check --json"))
+
+
+def test_bug_outside_a_command_is_70(monkeypatch: pytest.MonkeyPatch, in_process: None) -> None:
+    """What no command has caught is a bug as well."""
+    monkeypatch.setattr(cli.main, "main", lambda *_arguments, **_options: 1 / 0)
+    assert cli.run([]) == 70
+
+
+#: Cleans up without an end when it is told to stop.
+SLOW_TO_END = """
+import sys, time
+from bifrost_bootstrap import cli, command
+command.SIGNAL_GRACE = 0.5
+
+def work(*_, **__):
+    try:
+        print("at work", file=sys.stderr, flush=True)
+        time.sleep(600)
+    finally:
+        time.sleep(600)
+
+cli.main.main = work
+sys.exit(cli.run([]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_i07_what_does_not_end_at_a_signal_is_ended(
+    number: signal.Signals, code: int, start_command: StartCommand, clean_env: dict[str, str]
+) -> None:
+    """A clean-up that hangs is cut off, with the signal's code."""
+    command = start_command([sys.executable, "-c", SLOW_TO_END], env=clean_env)
+    command.wait_for("at work")
+    command.send_signal(number)
+    assert command.wait(20).returncode == code
 
 
 def test_file_name_that_is_no_text(run_bootstrap: RunBootstrap, clean_env: dict[str, str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import pytest
 
 from bifrost_bootstrap import deadline as module
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import Deadline, Overrun
 
 
 class Clock:
@@ -86,3 +89,12 @@ def test_pause_ends_at_the_deadline(clock: Clock) -> None:
     """A pause is a sleep: cut at the deadline."""
     Deadline(0.1).pause(5, first=10, longest=60)
     assert clock.slept == [0.1]
+
+
+def test_enforced_ends_what_does_not_return() -> None:
+    """A block that waits without an end is left soon after the deadline, and the handler of before is back."""
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Overrun), Deadline(0.1).enforced(0.1):
+        time.sleep(60)
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -41,6 +41,7 @@ def test_verdicts_are_the_codes_in_words() -> None:
     assert len(words) == len(ExitCode)
     assert report.verdict("check", ExitCode.OK) == "ready"
     assert report.verdict("plan", ExitCode.OK) == "planned"
+    assert report.verdict("worker", ExitCode.OK) == "stopped"
     assert report.verdict("plan", ExitCode.DEADLINE) == "deadline"
 
 

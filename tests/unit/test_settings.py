@@ -22,9 +22,9 @@ URLS = {
 
 
 def fault(variables: dict[str, str], *needs: environment.Need) -> str:
-    """The message with which these variables are refused."""
+    """The message with which these are refused; without `needs`, by a command that uses the servers they are about."""
     with pytest.raises(SettingsError) as refused:
-        load(needs, variables)
+        load(needs or [need for need in environment.SERVERS if need.upper() in " ".join(variables)], variables)
     return str(refused.value)
 
 
@@ -47,6 +47,27 @@ def test_a_command_needs_only_what_it_uses() -> None:
     """`needs` decides what is missing, and nothing else is asked for."""
     assert "RABBITMQ" not in fault({}, "database", "redis")
     assert load(("redis",), URLS).redis == URLS["BIFROST_REDIS_URL"]
+
+
+@pytest.mark.parametrize(("server", "others"), [("database", ("redis", "rabbitmq")), ("redis", ("database",)),
+                                                ("rabbitmq", ("database", "redis"))])  # fmt: skip
+def test_a_url_that_a_command_does_not_use_may_be_faulty(
+    server: environment.Need, others: tuple[environment.Need, ...], tmp_path: Path
+) -> None:
+    """Unreadable, malformed, or set twice: it counts as not set, and is told to whoever asks, by its variable."""
+    name = f"BIFROST_{server.upper()}_URL"
+    rest = {variable: url for variable, url in URLS.items() if variable != name}
+    for faulty in (
+        {f"{name}_FILE": str(tmp_path / "absent")},
+        {name: "mysql://u:hidden-value@h/d"},
+        {name: URLS[name], f"{name}_FILE": str(tmp_path / "both")},
+    ):
+        assert getattr(load(others, rest | faulty), f"{server}_url") is None
+        assert environment.fault_of(server, rest | faulty).startswith(name)
+        assert "hidden-value" not in environment.fault_of(server, rest | faulty)
+        assert name in fault(rest | faulty, server)
+    assert environment.fault_of(server, URLS) == environment.fault_of(server, rest) == ""
+    assert load(others, URLS) == load((), URLS)
 
 
 def test_all_faults_in_one_message(tmp_path: Path) -> None:
