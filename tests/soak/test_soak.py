@@ -63,7 +63,7 @@ class Writer(threading.Thread):
                 ).fetchone()
                 assert digest
                 entry = json.dumps({"content": content, "path": path, "hash": digest[0]}, separators=(",", ":"))
-                client.setex(PREFIX + path, API_TTL, entry)
+                client.set(PREFIX + path, entry, ex=API_TTL)
                 client.sadd(f"{PREFIX}index", path)
         self.written += 1
 
