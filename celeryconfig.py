@@ -2,8 +2,7 @@
 Celery's settings, each with its reason.
 
 Values come from the settings of `bifrost_bootstrap`. The app loads this file by its place beside the package,
-so a `celeryconfig.py` in the working folder changes nothing. Numbers in brackets are rows of the measurements
-in docs/architecture.md.
+so a `celeryconfig.py` in the working folder changes nothing.
 """
 
 from __future__ import annotations
@@ -69,8 +68,6 @@ worker_concurrency = 1
 worker_prefetch_multiplier = 1
 # Never kill and redo a running migration because the broker was away.
 worker_cancel_long_running_tasks_on_connection_loss = False
-# Saves a second at the start; there is no state to learn from neighbours.
-worker_enable_remote_control = True
 imports = ("bifrost_bootstrap.tasks", "bifrost_bootstrap.worker")
 
 # Flower shows nothing without events.

@@ -25,7 +25,7 @@ warm_step = warm.warm
 def barrier(name: str) -> None:
     """Tell that we are here, and wait as long as the test wants."""
     while (FOLDER / f"{name}.hold").exists():
-        (FOLDER / f"{name}.reached").touch()
+        (FOLDER / f"{name}.reached.{os.getpid()}").touch()
         time.sleep(POLL_INTERVAL)
 
 

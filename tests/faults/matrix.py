@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 
 import psutil
+import pytest
 
 from tests.faults.cells import CUT, FREEZE, Cell
 from tests.faults.stack import COMPLETE, PHASE_TIMEOUT, PREVIOUS, REVISIONS, SERVERS, Deployment
@@ -24,6 +26,8 @@ def run_cell(deployment: Deployment, cell: Cell) -> float:
     Returns:
         Seconds from the end of the fault to the end of init.
     """
+    if cell.fault == "cut" and cell.target.endswith("postgres") and sys.platform != "linux":
+        pytest.skip("elsewhere the proxy's kernel goes on to answer the keepalives that have to notice")
     deployment.fill_cache()
     init = _reach(deployment, cell)
     hit = _Hit(deployment, cell, init)
@@ -88,7 +92,7 @@ class _Hit:
         elif "-" in target:
             side, server = target.split("-")
             lines = self.deployment.stack.init_lines if side == "init" else self.deployment.stack.worker_lines
-            self._line(getattr(lines, server), server)
+            self._line(getattr(lines, server))
         else:
             {"task": self._task, "worker": self._worker, "init": self._init}[target]()
         self.deployment.release()
@@ -110,20 +114,16 @@ class _Hit:
         else:
             server.restart()
 
-    def _line(self, line: Proxy, server: str) -> None:
+    def _line(self, line: Proxy) -> None:
+        line.cut()
         if self.cell.target.startswith("worker") and self.cell.phase == "queued":
-            # Not frozen: it is idle, and does not hear that there is work.
+            # The message has come as far as its socket: it reads it, and finds the line cut.
             worker = self.deployment.worker
             assert worker
             worker.resume()
-        line.cut()
         self.deployment.release()
         time.sleep(CUT)
-        if server == "postgres":
-            # As the keepalives of our connections, and those that the lock asks of the server.
-            line.strand(client_end=11.0, server_end=45.0)
-        else:
-            line.strand()
+        line.strand()
 
     def _freeze(self, pause: Callable[[], object], resume: Callable[[], object]) -> None:
         pause()
@@ -152,7 +152,8 @@ class _Hit:
             time.sleep(FREEZE)
             worker.resume()
         elif self.cell.fault == "kill":
-            worker.kill()
+            # What it has started lives on: a task in the middle of its step, an Alembic child that holds its lock.
+            worker.kill_alone()
             self.deployment.start_worker()
         else:
             # As an orchestrator: SIGTERM, and the work may end. What it held and had not begun is lost.

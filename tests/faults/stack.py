@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, LiteralString
@@ -184,14 +184,14 @@ class Deployment:
         for hold in self.folder.glob(f"{name}.hold"):
             hold.unlink(missing_ok=True)
 
-    def wait_reached(self, name: str) -> None:
-        """Wait until somebody stands at the barrier."""
-        wait_until((self.folder / f"{name}.reached").exists, f"barrier {name}", PHASE_TIMEOUT)
+    def wait_reached(self, name: str, *, besides: Collection[Path] = ()) -> list[Path]:
+        """Wait until a process stands at the barrier that was not there before (`besides`); all that were there."""
 
-    def wait_reached_again(self, name: str) -> None:
-        """Forget who has stood there, and wait for the next."""
-        (self.folder / f"{name}.reached").unlink()
-        self.wait_reached(name)
+        def reached() -> list[Path]:
+            return list(self.folder.glob(f"{name}.reached.*"))
+
+        wait_until(lambda: len(reached()) > len(besides), f"barrier {name}", PHASE_TIMEOUT)
+        return reached()
 
     # ---------------------------------------------------------------------------------------------------- truth
 

@@ -1,4 +1,4 @@
-"""One cell of the fault matrix for each kind of fault; `make test-faults` runs all."""
+"""Some cells of the fault matrix: every target and every fault; `make test-faults` runs all."""
 
 from __future__ import annotations
 

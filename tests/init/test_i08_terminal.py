@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
+
+import pytest
 
 from tests.faults.stack import Deployment
 from tests.servers.process import wait_until
@@ -16,6 +19,8 @@ from tests.servers.process import wait_until
 #: Seconds in which a command must have ended after nothing holds it any more.
 END_TIMEOUT = 60
 COLOUR, BAR = "\x1b[", "━"
+#: A foreground colour; bold and the movements of the cursor are none.
+COLOURED = re.compile(r"\x1b\[(\d+;)*[39]\d[;m]")
 
 
 class Terminal:
@@ -73,20 +78,51 @@ def test_i08_bar_and_table(deployment: Deployment) -> None:
     assert init.shown.rstrip().endswith("(exit 0)")
 
 
-def test_i08_no_colour_and_other_commands(deployment: Deployment) -> None:
-    """NO_COLOR is kept; check, plan and a failure are for people too; a pipe gets plain lines."""
-    with terminal(deployment, "plan", NO_COLOR="1") as plan, terminal(deployment, "check") as check:
-        assert plan.wait() == 0
-        assert check.wait() == 3
-    assert "[32m" not in plan.shown
-    assert "[1;32m" not in plan.shown
-    assert "init would apply 2 revisions" in plan.shown
-    assert "[1;33mnot ready: schema is empty, 2 pending" in check.shown
-    deployment.start_worker()
-    done = deployment.start_init().wait()
-    assert done.returncode == 0
-    assert COLOUR not in done.stdout + done.stderr
-    assert BAR not in done.stdout + done.stderr
-    with terminal(deployment, "rewarm", "--full", "--timeout", "1m") as rewarm:
-        assert rewarm.wait() == 0
-    assert "0 added, 51 changed, 0 removed" in rewarm.shown
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("check", 3, "not ready: schema is empty, 2 pending"),
+        ("plan", 0, "init would apply 2 revisions"),
+        ("plan --sql", 0, "CREATE TABLE workspace_files"),
+        ("init --with-worker --timeout 1m", 0, "ready in"),
+        ("init --embedded --timeout 1m", 0, "ready in"),
+        ("init --timeout 1s", 69, "worker"),
+        ("load modules", 64, "say --yes"),
+    ],
+)
+def test_i08_every_command(deployment: Deployment, command: str, code: int, says: str) -> None:
+    """On a terminal each command ends with its code and says what it has to; with NO_COLOR it does without colours."""
+    (deployment.folder / "modules").mkdir()
+    for variables in ({}, {"NO_COLOR": "1"}):
+        with terminal(deployment, *command.split(), **variables) as shown:
+            assert shown.wait() == code, shown.shown
+        assert says in shown.shown or "nothing to do" in shown.shown
+        assert f"(exit {code})" in shown.shown.splitlines()[-1]
+        assert bool(COLOURED.search(shown.shown)) == (not variables and code != 64), shown.shown
+
+
+def test_i08_every_command_with_a_worker(deployment: Deployment) -> None:
+    """The commands that need a schema or a worker, and the worker; what is no terminal gets plain lines."""
+    deployment.env["BIFROST_ALEMBIC_CONFIG"] = "builtin"
+    with terminal(deployment, "worker", NO_COLOR="1") as worker:
+        wait_until(lambda: "ready." in worker.shown, "the worker", END_TIMEOUT)
+        done = deployment.start_init().wait()
+        assert done.returncode == 0
+        assert COLOUR not in done.stdout + done.stderr
+        assert BAR not in done.stdout + done.stderr
+        (deployment.folder / "modules").mkdir()
+        (deployment.folder / "modules" / "one.py").write_text("ONE = 1\n")
+        for variables in ({}, {"NO_COLOR": "1"}):
+            for command, says in {
+                "load modules --yes": "of 1 files written",
+                "rewarm --full --timeout 1m": "0 removed",
+                "init --timeout 1m": "ready",
+                "check": "ready",
+            }.items():
+                with terminal(deployment, *command.split(), **variables) as shown:
+                    assert shown.wait() == 0, shown.shown
+                assert says in shown.shown
+                assert bool(COLOURED.search(shown.shown)) == (not variables), shown.shown
+        worker.process.terminate()
+        assert worker.wait() == 0
+    assert not COLOURED.search(worker.shown)

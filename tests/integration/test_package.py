@@ -59,18 +59,35 @@ def test_contents(built: Path) -> None:
     assert packed >= NEEDED | {"pyproject.toml", "README.md", "LICENSE"}
 
 
-def test_the_wheel_works_on_its_own(built: Path, run_command: RunCommand, tmp_path: Path) -> None:
-    """In an empty folder with an empty environment the main job runs from the wheel alone."""
-    place = tmp_path / "place"
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
-        wheel.extractall(place)  # noqa: S202  (built here)
-    empty = tmp_path / "empty"
+@pytest.fixture(scope="module")
+def wheels(built: Path) -> dict[str, Path]:
+    """The wheel, and the one that is built from nothing but the sdist."""
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        sdist.extractall(built / "unpacked", filter="data")
+    (source,) = (built / "unpacked").iterdir()
+    program = "from setuptools import build_meta as b; b.build_wheel('..')"
+    subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, check=True, timeout=TIMEOUT)
+    return {"wheel": next(built.glob("*.whl")), "sdist": next((built / "unpacked").glob("*.whl"))}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_works_on_its_own(wheels: dict[str, Path], kind: str, run_command: RunCommand, tmp_path: Path) -> None:
+    """Installed by pip, the main job and Celery's own commands run in an empty folder with an empty environment."""
+    place, empty = tmp_path / "place", tmp_path / "empty"
     empty.mkdir()
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(place), str(wheels[kind])]
+    done = run_command([sys.executable, *install], env={"PATH": os.defpath, "HOME": str(tmp_path)}, cwd=empty)
+    assert done.returncode == 0, done.stderr
     env = {"PATH": os.defpath, "PYTHONPATH": str(place)}
     where = run_command([sys.executable, "-c", "import bifrost_bootstrap as b; print(b.__file__)"], env=env, cwd=empty)
     assert where.stdout.strip() == str(place / "bifrost_bootstrap" / "__init__.py")
-    words = [sys.executable, "-m", "bifrost_bootstrap", "init", "--embedded", "--json"]
+    words = [str(place / "bin" / "bifrost-bootstrap"), "init", "--embedded", "--json"]
     done = run_command(words, env=env, cwd=empty, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema_state"]["database_heads"] == ["0002"]
+    # As Flower and a call by hand load it: settings of Celery, and nobody is asked.
+    urls = {"REDIS_URL": "redis://127.0.0.1:1/0", "RABBITMQ_URL": "amqp://127.0.0.1:1//"}
+    done = run_command([sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "report"], env=env | urls, cwd=empty)
+    assert done.returncode == 0, done.stderr
+    assert "task_default_queue: 'bifrost.bootstrap'" in done.stdout
     assert list(empty.iterdir()) == []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import socket
-import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,57 +14,32 @@ from tests.migration.steps import Barrier, Tree, applied, barrier, lock_sessions
 from tests.servers import Database, Postgres, PostgresServer, Proxy, RunFolder
 from tests.servers.process import wait_until
 
-#: Linux: attach a packet filter to a socket. Python has no name for it.
-SO_ATTACH_FILTER = 26
-#: struct sock_filter, one instruction: keep 0 bytes of every packet.
-DROP = struct.pack("HBBI", 0x06, 0, 0, 0)
-
-
-class VanishingHost(Proxy):
-    """A proxy whose host `vanish`es: what the server sends to it is neither acknowledged nor answered any more."""
-
-    def __init__(self, target_port: int) -> None:
-        super().__init__(target_port)
-        self._servers: list[socket.socket] = []
-        self._program = ctypes.create_string_buffer(DROP, len(DROP))
-
-    def connect(self) -> socket.socket:
-        server = super().connect()
-        self._servers.append(server)
-        return server
-
-    def vanish(self) -> None:
-        """No byte, no FIN and no acknowledgement leaves from here, not even for the kernel's keepalives."""
-        self.cut()
-        for server in self._servers:
-            if server.fileno() >= 0:
-                program = struct.pack("HP", 1, ctypes.addressof(self._program))
-                server.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-
 
 @pytest.fixture
-def vanishing_host(postgres: Postgres) -> Iterator[VanishingHost]:
+def host(postgres: Postgres) -> Iterator[Proxy]:
     """The host that the step of this test runs on, seen from the server."""
     if not isinstance(postgres, PostgresServer):
         pytest.skip("the host stands before a server of our own")
-    with VanishingHost(postgres.port) as host:
+    if sys.platform != "linux":
+        pytest.skip("elsewhere the kernel goes on to answer keepalives")
+    with Proxy(postgres.port) as host:
         yield host
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_m07_holder_vanishes_without_a_word(
-    database: Database, tree: Tree, start_migrate: StartMigrate, vanishing_host: VanishingHost
+    database: Database, tree: Tree, start_migrate: StartMigrate, host: Proxy
 ) -> None:
     """The host of a holder is gone between two packets: the server notices within the 60 seconds that the next run
     has, which then ends what the dead runner has left, and completes.
     """
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
-        url = vanishing_host.through(database.url)
+        url = host.through(database.url)
         step = start_migrate(BIFROST_DATABASE_URL=url, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
         dead = stop.reached()
-        vanishing_host.vanish()
+        host.strand()
         step.kill()
         assert len(lock_sessions(database)) == 1
         next_step = start_migrate(deadline=60, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")

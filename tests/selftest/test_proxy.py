@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -133,6 +135,24 @@ def test_no_end_passes_a_cut(start_proxy: StartProxy) -> None:
             server.settimeout(PATIENCE)
             proxy.heal()
             assert server.recv(1) == b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel goes on to answer")
+def test_stranded_not_even_keepalives_are_answered(echo: int, start_proxy: StartProxy) -> None:
+    """A connection that was stranded is given up by its owner's keepalives alone; a new one passes."""
+    proxy = start_proxy(echo)
+    with connect(proxy) as client:
+        assert exchange(client, b"before") == b"before"
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
+            client.setsockopt(socket.IPPROTO_TCP, option, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        proxy.cut()
+        proxy.strand()
+        with connect(proxy) as another:
+            assert exchange(another, b"after") == b"after"
+        with pytest.raises(TimeoutError) as failed:
+            client.recv(100)
+        assert failed.value.errno == errno.ETIMEDOUT
 
 
 def test_refuse_closes_and_heal_opens_the_same_port(echo: int, start_proxy: StartProxy) -> None:

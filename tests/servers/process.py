@@ -256,6 +256,14 @@ class ProcessTree:
         self.process.wait(KILL_DEADLINE)
         end_processes(descendants)
 
+    def kill_alone(self) -> None:
+        """End the process itself (SIGKILL), as the kernel does when memory is short: its descendants live on."""
+        orphans = self.descendants()
+        self.send_signal(signal.SIGKILL)
+        self.process.wait(KILL_DEADLINE)
+        for orphan in orphans:
+            _send(orphan, signal.SIGCONT)
+
     def stop(self, number: signal.Signals, grace: float) -> None:
         """Ask the process to end by this signal, and kill all of it when it is still there `grace` seconds later."""
         self.resume()  # a frozen process would not hear

@@ -16,7 +16,7 @@ def upgrade():
     folder = Path(os.environ["TEST_BARRIERS"])
     # As in barrier_worker.py, but always in the middle of a statement.
     while (folder / "migrating.hold").exists():
-        (folder / "migrating.reached").touch()
+        (folder / f"migrating.reached.{os.getpid()}").touch()
         op.execute("SELECT pg_sleep(0.05)")
     if (folder / "fail").exists():
         op.execute("SELECT 1 / 0 AS of_this_test")
