@@ -222,6 +222,7 @@ def worker() -> int:
         settings = _load("database", "redis", "rabbitmq", "tree")
         from bifrost_bootstrap import chain, waiting, worker
 
+        worker.show_life(settings.worker_health_file)
         # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
         # virtual host for ever.
         waiting.wait_for({chain.described(): chain.prove_rights}, Deadline(settings.init_timeout))
