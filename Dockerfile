@@ -1,8 +1,8 @@
 # One image for init, the bootstrap worker and Flower.
 #
 # Everything lies in a virtual environment of its own, /opt/bifrost-bootstrap, so that BASE_IMAGE may just as well be the
-# platform's image: its packages stay as they are, its migrations are there, and with BIFROST_ALEMBIC_PYTHON its own
-# interpreter runs them. Any Debian-based image with a CPython >= 3.11 as `python3` will do.
+# platform's image: its packages stay as they are (its pip too; ours has none), its migrations are there, and with
+# BIFROST_ALEMBIC_PYTHON its own interpreter runs them. Any Debian-based image with a CPython >= 3.11 as `python3` will do.
 ARG BASE_IMAGE=python:3.13-slim
 
 FROM python:3.13-slim AS tini
@@ -39,6 +39,8 @@ ENV PATH=/opt/bifrost-bootstrap/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
+# One of the base image would ask its API; ours stand in the deployment's files.
+HEALTHCHECK NONE
 # Nothing but a minimal init, which hands signals on and buries orphans: any command can follow.
 ENTRYPOINT ["tini", "--"]
 CMD ["bifrost-bootstrap", "init"]

@@ -237,6 +237,7 @@ def worker() -> int:
 
         # Celery would leave without a verdict.
         trees.load(settings)
+        worker.show_life(settings.worker_health_file)
         # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
         # virtual host for ever.
         waiting.wait_for({chain.described(): chain.prove_rights}, Deadline(settings.init_timeout))

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -91,21 +90,13 @@ def _deadline(settings: Settings, chain: str | None, task_id: str) -> Deadline:
     return Deadline(settings.init_timeout if seconds is None else float(seconds))
 
 
-def touch(health_file: Path) -> None:
-    """A sign of life for whoever looks at the file; one that cannot be written is logged."""
-    try:
-        health_file.touch()
-    except OSError as error:
-        logger.warning("BIFROST_WORKER_HEALTH_FILE %s cannot be touched: %s", health_file, error.strerror)
-
-
 @contextmanager
 def _publishing(settings: Settings, task_id: str) -> Iterator[Report]:
     """
     Writes the newest progress, and that this task lives, from a thread of its own: a step never waits for Redis.
 
     Not the worker's main process alone: that does not beat while it connects to a broker that is away, nor while
-    it shuts down; and an orchestrator must not restart a worker whose migration runs through an outage.
+    it shuts down.
     """
     newest: list[Progress] = []
     ended = Event()
@@ -117,8 +108,6 @@ def _publishing(settings: Settings, task_id: str) -> Iterator[Report]:
             progress = newest[0] if newest else None
             if progress == written and not beat.passed:
                 continue
-            if settings.worker_health_file:
-                touch(settings.worker_health_file)
             try:
                 with redis_server.connect(settings.redis, answer_timeout=PROGRESS_TIMEOUT) as client:
                     if progress and progress != written:

@@ -6,11 +6,13 @@ Loaded by every worker of the app (`imports` in `celeryconfig.py`), also by the 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -30,7 +32,6 @@ from bifrost_bootstrap.errors import BootstrapError, masked
 from bifrost_bootstrap.guard import ANY_TASK, Guard
 from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.tasks import touch
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,49 @@ def choose_queues(**_facts: Any) -> None:
     logger.info("bootstrap worker of tree %s (%s), queue %s", tree.config, tree.why, name)
 
 
+#: Set while the worker has a connection to the broker: then its loop comes round, or it hangs.
+_connected = threading.Event()
+
+
+@functools.cache
+def show_life(health_file: Path | None) -> None:
+    """
+    From now on touch the file, if there is one, while there is no connection to the broker; else the loop touches it.
+
+    A worker that waits for its broker does nothing else, and to start it again would not help; one whose loop hangs
+    lets the file grow old.
+    """
+
+    def touch_while_waiting(health_file: Path) -> None:
+        pause = threading.Event()
+        while not pause.wait(BEAT):
+            if not _connected.is_set():
+                _touch(health_file)
+
+    if health_file:
+        _touch(health_file)
+        threading.Thread(target=touch_while_waiting, args=(health_file,), name="life", daemon=True).start()
+
+
+def _touch(health_file: Path) -> None:
+    try:
+        health_file.touch()
+    except OSError as error:
+        logger.warning("BIFROST_WORKER_HEALTH_FILE %s cannot be touched: %s", health_file, error.strerror)
+
+
+class Connected(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Of the consumer: begins and ends with each connection to the broker."""
+
+    requires = ("celery.worker.consumer.connection:Connection",)
+
+    def start(self, consumer: Any) -> None:
+        _connected.set()
+
+    def stop(self, consumer: Any) -> None:
+        _connected.clear()
+
+
 class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
     """Every two seconds: vouch for the tasks that this worker holds, and touch the health file."""
 
@@ -99,6 +143,7 @@ class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(worker, **options)
         self.settings: Settings = environment.load(needs=("redis",))
         self.timer: Any = None
+        show_life(self.settings.worker_health_file)  # also under the stock command
 
     def start(self, worker: Any) -> None:
         self.timer = worker.timer.call_repeatedly(BEAT, self.beat)
@@ -110,7 +155,7 @@ class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def beat(self) -> None:
         if file := self.settings.worker_health_file:
-            touch(file)
+            _touch(file)
         held = {request.id for request in (*state.reserved_requests, *state.active_requests)}
         if not held:
             return
@@ -159,6 +204,7 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 app.steps["worker"].update({Heartbeat, GuardStep})
+app.steps["consumer"].add(Connected)
 
 
 def run(settings: Settings) -> int:

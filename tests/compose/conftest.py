@@ -33,7 +33,7 @@ def engine() -> None:
 @pytest.fixture(scope="session")
 def image(engine: None) -> Iterator[str]:
     """The image of this checkout, built as Compose builds it."""
-    build = Stack(RUN, ("docker-compose.dev.yml",), {"BIFROST_BOOTSTRAP_IMAGE": IMAGE})
+    build = Stack(RUN, ("docker-compose.dev.yml",), {"BIFROST_DEV_IMAGE": IMAGE})
     build.compose("build", "init")
     yield IMAGE
     run("docker", "image", "rm", "--force", IMAGE)
@@ -71,6 +71,7 @@ def open_stack(image: str, standin: str, secrets_folder: Path) -> OpenStack:
             files,
             {
                 "BIFROST_BOOTSTRAP_IMAGE": image,
+                "BIFROST_DEV_IMAGE": image,
                 "BIFROST_SECRETS_DIR": str(secrets_folder),
                 "BIFROST_ALEMBIC_CONFIG": "builtin",
                 "BIFROST_API_IMAGE": standin,

@@ -104,10 +104,14 @@ class Stack:
             finally:
                 follow.terminate()
 
-    def sql(self, statements: str) -> str:
-        """Run statements in the project's database; what they return, bare."""
-        psql = ("psql", "-qAtX", "-v", "ON_ERROR_STOP=1", "-U", "bifrost", "-d", "bifrost", "-c", statements)
+    def sql(self, statements: str, role: str = "bifrost_migrate") -> str:
+        """Run statements in the project's database as a role of it; what they return, bare."""
+        psql = ("psql", "-qAtX", "-v", "ON_ERROR_STOP=1", "-U", role, "-d", "bifrost", "-c", statements)
         return self.compose("exec", "-T", "postgres", *psql).stdout.strip()
+
+    def redis(self, *command: str, url: str) -> str:
+        """What Redis answers to a command, to whom the URL logs in."""
+        return self.compose("exec", "-T", "redis", "redis-cli", "--no-auth-warning", "-u", url, *command).stdout.strip()
 
     def write_module(self, path: str, content: str) -> None:
         """Insert a module row, as the platform does."""

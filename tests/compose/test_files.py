@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bifrost_bootstrap.settings import Settings
 from tests.compose.stack import CHECKOUT, run
+from tests.security.rights import commands
 
 SERVICES = CHECKOUT / "deploy/compose/services.yml"
 COMPOSE = CHECKOUT / "docker-compose.yml"
@@ -20,13 +23,13 @@ FOREIGN = {
     "BIFROST_SECRETS_DIR",
     "BIFROST_BASE_IMAGE",
     "BIFROST_BOOTSTRAP_IMAGE",
+    "BIFROST_DEV_IMAGE",
     "BIFROST_API_IMAGE",
     "BIFROST_API_COMMAND",
     "BIFROST_WORKER_COMMAND",
 }
-DEV_PASSWORDS = dict.fromkeys(
-    ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "RABBITMQ_PASSWORD", "FLOWER_PASSWORD"), "bifrost"
-)
+MAKE_SECRETS = CHECKOUT / "deploy/compose/make-secrets"
+DEV_PASSWORDS = dict.fromkeys(re.findall(r"=\$\(password (\w+)\)", MAKE_SECRETS.read_text()), "bifrost")
 
 
 def test_every_setting_in_the_files_is_one() -> None:
@@ -56,15 +59,41 @@ def test_passwords_are_required() -> None:
     assert "make-secrets" in refused.stderr
 
 
+def test_development_is_a_project_of_its_own() -> None:
+    """`down -v` of the one does not delete the volumes of the other, and neither builds the image of the other."""
+    dev, stack = (yaml.safe_load(file.read_text()) for file in (CHECKOUT / "docker-compose.dev.yml", COMPOSE))
+    assert dev["name"] == "bifrost-bootstrap-dev"
+    assert "name" not in stack  # that of its folder, for whoever has a stack already
+    images = {dev["services"][name]["image"] for name in ("bootstrap-worker", "init", "flower")}
+    assert images == {"${BIFROST_DEV_IMAGE:-bifrost-bootstrap:dev}"}
+
+
 def test_development_secrets_are_what_make_secrets_writes(tmp_path: Path) -> None:
     """The committed secrets for development are those of make-secrets with the password `bifrost`."""
-    run(CHECKOUT / "deploy/compose/make-secrets", tmp_path / "made", variables=DEV_PASSWORDS)
+    run(MAKE_SECRETS, tmp_path / "made", variables=DEV_PASSWORDS)
     committed = CHECKOUT / "deploy/compose/dev-secrets"
     assert {file.name: file.read_text() for file in committed.iterdir()} == {
         file.name: file.read_text()
         for file in (tmp_path / "made").iterdir()
         if file.name not in {".gitignore", "platform.env"}
     }
+
+
+def test_s02_the_rights_are_those_of_the_page(tmp_path: Path) -> None:
+    """Compose gives our users the rights of docs/security.md, word by word."""
+    run(MAKE_SECRETS, tmp_path / "made")
+    granted = commands("postgres").partition("'END'\n")[2].replace("END\n", "")
+    roles = (CHECKOUT / "deploy/compose/postgres-roles.sql").read_text()
+    for line in granted.splitlines():
+        assert line in roles or line.startswith(("\\set", "--")), line
+    rules = commands("redis").splitlines()[1].partition("$REDIS_PASSWORD ")[2]
+    assert rules in (tmp_path / "made/redis-users.conf").read_text()
+    (ours,) = re.findall(r"OURS='(.*)'", commands("rabbitmq"))
+    patterns = re.findall(r'"\^\((\$OURS\S*)\)\\\$"', commands("rabbitmq"))
+    definitions = json.loads((tmp_path / "made/rabbitmq-definitions.json").read_text())
+    (permission,) = (one for one in definitions["permissions"] if one["user"] == "bifrost_bootstrap")
+    expected = [f"^({pattern.replace('$OURS', ours)})$" for pattern in patterns]
+    assert [permission[name] for name in ("configure", "write", "read")] == expected
 
 
 def test_make_secrets_keeps_what_is_there(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_user_and_labels(image: str) -> None:
 
 
 def test_everything_is_compiled_and_nothing_builds(image: str) -> None:
-    """Each module that a start imports has its bytecode in the image, and no build tool is left in it."""
+    """Each module that a start imports has its bytecode in the image, and what has built it is not left in it."""
     imported = (
         "import sys, alembic.command, celery.bin.celery, celery.worker, kombu, psycopg, redis, "
         "sqlalchemy, bifrost_bootstrap.__main__\n"
@@ -54,5 +54,13 @@ def test_everything_is_compiled_and_nothing_builds(image: str) -> None:
         "print([f for f in files if not os.path.exists(f)])"
     )
     assert run("docker", "run", "--rm", *STRICT, image, "python", "-c", imported).stdout == "[]\n"
-    tools = "! command -v gcc && ! command -v make && ! python -m pip --version"
+    tools = "! command -v gcc && ! command -v make && ! python -m pip --version && test ! -e /build"
     run("docker", "run", "--rm", *STRICT, image, "sh", "-c", tools)
+
+
+def test_the_base_stays_as_it_was(image: str) -> None:
+    """Nothing of ours is in the base image's own Python: its pip, which stays, finds none of our packages."""
+    found = run(
+        "docker", "run", "--rm", *STRICT, image, "/usr/local/bin/python", "-m", "pip", "list", "--format", "json"
+    )
+    assert {package["name"] for package in json.loads(found.stdout)} <= {"pip", "setuptools", "wheel"}

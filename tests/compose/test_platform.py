@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,10 @@ from tests.compose.stack import CHECKOUT, RUN, OpenStack, run
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 PLATFORM, BOOTSTRAP = f"{RUN}:platform", f"{RUN}:bootstrap-on-platform"
+EXAMPLE = CHECKOUT / ".env.example"
+#: What the platform's block of .env.example sets: which tree, by which interpreter; and images, here others.
+SETTINGS = {"BIFROST_ALEMBIC_CONFIG", "BIFROST_ALEMBIC_PYTHON"}
+IMAGES = {"BIFROST_BASE_IMAGE", "BIFROST_BOOTSTRAP_IMAGE", "BIFROST_API_IMAGE", "POSTGRES_IMAGE"}
 OWN_PACKAGES = "import alembic, sqlalchemy; print(alembic.__version__, sqlalchemy.__version__)"
 
 
@@ -25,6 +31,9 @@ def platform(engine: None) -> Iterator[str]:
 
 def test_upon_the_platforms_image_its_own_packages_run_its_migrations(platform: str, open_stack: OpenStack) -> None:
     """Built upon the platform's image, init applies its tree with its own packages, which stay as they are."""
+    text = EXAMPLE.read_text().partition("# For the platform")[2].partition("\n\n")[0]
+    block = dict(re.findall("(?m)^#([A-Z_]+)=(.*)$", text))
+    assert set(block) == {*SETTINGS, *IMAGES, "BIFROST_ENVIRONMENT"}
     own = run("docker", "run", "--rm", platform, "python", "-c", OWN_PACKAGES).stdout
     assert own.startswith("1.13.")
     with open_stack(
@@ -32,10 +41,12 @@ def test_upon_the_platforms_image_its_own_packages_run_its_migrations(platform: 
         "docker-compose.yml",
         BIFROST_BASE_IMAGE=platform,
         BIFROST_BOOTSTRAP_IMAGE=BOOTSTRAP,
-        BIFROST_ALEMBIC_CONFIG="",  # its alembic.ini lies in the working folder of its image
-        BIFROST_ALEMBIC_PYTHON="/usr/local/bin/python",
+        **{name: value for name, value in block.items() if name in SETTINGS},
     ) as stack:
         stack.compose("build", "init")
+        assert json.loads(run("docker", "image", "inspect", BOOTSTRAP).stdout)[0]["Config"]["Healthcheck"] == {
+            "Test": ["NONE"]
+        }
         stack.compose("up", "-d", "init")
         assert stack.wait("init") == 0, stack.output("init")
         assert "at head" in stack.in_worker("bifrost-bootstrap", "check")

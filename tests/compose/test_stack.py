@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -42,12 +43,14 @@ def stack(gated: tuple[Stack, dict[str, Any]]) -> Stack:
 
 def passwords(folder: Path) -> set[str]:
     """All passwords that make-secrets made up."""
-    return {
-        (folder / "postgres-password").read_text().strip(),
-        (folder / "redis-password.conf").read_text().split()[-1],
-        (folder / "rabbitmq-account.conf").read_text().split()[-1],
-        (folder / "flower-auth").read_text().strip().partition(":")[2],
-    }
+    text = "\n".join(file.read_text() for file in folder.iterdir())
+    return set(re.findall(r"\b[0-9a-f]{32}\b", text))
+
+
+def platform(folder: Path) -> dict[str, str]:
+    """What the platform reads."""
+    lines = (folder / "platform.env").read_text().splitlines()
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
 @pytest.mark.parametrize("service", PLATFORM)
@@ -80,17 +83,14 @@ def test_second_up_finds_nothing_to_do(stack: Stack) -> None:
     assert "ready, nothing to do" in stack.output("init")
 
 
-def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack) -> None:
+def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack, secrets_folder: Path) -> None:
     """`celery call` in the worker's container warms a new module; `celery result` shows what was done."""
     stack.write_module("by_hand.py", "NUMBER = 7")
     task = stack.in_worker("celery", "-A", "bifrost_bootstrap", "call", WARM).strip()
     shown = stack.in_worker("celery", "-A", "bifrost_bootstrap", "result", task)
     result = ast.literal_eval(shown.strip())
     assert result["added"] >= 1
-    entry = stack.compose(
-        *("exec", "-T", "redis", "sh", "-c"),
-        "REDISCLI_AUTH=$(cut -d' ' -f2 /run/secrets/redis-password.conf) redis-cli GET bifrost:module:by_hand.py",
-    ).stdout
+    entry = stack.redis("GET", "bifrost:module:by_hand.py", url=platform(secrets_folder)["BIFROST_REDIS_URL"])
     assert json.loads(entry)["content"] == "NUMBER = 7"
 
 
@@ -129,14 +129,51 @@ def test_our_containers_have_no_rights(stack: Stack, service: str) -> None:
 def test_no_password_in_inspect_or_logs(stack: Stack, secrets_folder: Path) -> None:
     """No password shows in `docker inspect` or in any log, but where the platform reads its environment."""
     secret = passwords(secrets_folder)
-    assert len(secret) == 4
+    assert len(secret) == 10
     # The positive control: this search does find them where they are.
-    assert len([word for word in secret if word in json.dumps(stack.inspect("api"))]) == 3
+    assert len([word for word in secret if word in json.dumps(stack.inspect("api"))]) == 4
     for service in ("postgres", "pgbouncer", "redis", "rabbitmq", *OURS):
         assert not [word for word in secret if word in json.dumps(stack.inspect(service))], service
     logs = stack.compose("--profile", "bifrost", "logs", "--no-color")
     assert "rabbitmq" in logs.stdout
     assert not [word for word in secret if word in logs.stdout + logs.stderr]
+
+
+def test_s02_nobody_of_ours_is_an_administrator(stack: Stack, secrets_folder: Path) -> None:
+    """Our processes log in as the users of docs/security.md, the platform as others, and nobody as superuser."""
+    stack.in_worker("bifrost-bootstrap", "check")
+    sessions = "SELECT DISTINCT usename FROM pg_stat_activity WHERE client_addr IS NOT NULL"
+    assert set(stack.sql(sessions, "postgres").split()) == {"bifrost_migrate", "bifrost_read"}
+    assert stack.sql("SELECT rolname FROM pg_roles WHERE rolsuper", "postgres") == "postgres"
+
+    command = ("exec", "-T", "rabbitmq", "rabbitmqctl", "--quiet", "--formatter", "json")
+    connected = json.loads(stack.compose(*command, "list_connections", "user", "vhost").stdout)
+    assert {(one["user"], one["vhost"]) for one in connected} == {("bifrost_bootstrap", "bifrost_bootstrap")}
+    users = json.loads(stack.compose(*command, "list_users").stdout)
+    assert {one["user"]: one["tags"] for one in users} == {"bifrost_bootstrap": [], "bifrost": ["management"]}
+
+    ours = (secrets_folder / "redis-url").read_text().strip()
+    assert "User bifrost_bootstrap has no permissions" in stack.redis("CONFIG", "GET", "*", url=ours)
+    assert "No permissions" in stack.redis("GET", "sessions:1", url=ours)
+    assert "User default has no permissions" in stack.redis("GET", "bifrost:module:index", url="redis://redis")
+
+
+def test_s02_the_platform_writes_rows_and_entries(stack: Stack, secrets_folder: Path) -> None:
+    """The platform's role writes rows and changes no table, its Redis user writes entries and no configuration."""
+    stack.sql("INSERT INTO workspace_files (path, content) VALUES ('row', ''); DELETE FROM workspace_files", "bifrost")
+    with pytest.raises(AssertionError, match="must be owner of table workspace_files"):
+        stack.sql("DROP TABLE workspace_files", "bifrost")
+    url = platform(secrets_folder)["BIFROST_REDIS_URL"]
+    assert stack.redis("SETEX", "bifrost:module:live.py", "60", "{}", url=url) == "OK"
+    assert stack.redis("DEL", "bifrost:module:live.py", url=url) == "1"
+    assert "User bifrost has no permissions" in stack.redis("CONFIG", "GET", "*", url=url)
+
+
+def test_the_tree_has_the_platforms_key(stack: Stack, secrets_folder: Path) -> None:
+    """The worker, which runs the platform's `env.py`, has BIFROST_SECRET_KEY in its environment, as API and worker."""
+    key = platform(secrets_folder)["BIFROST_SECRET_KEY"]
+    environ = stack.in_worker("sh", "-c", "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep SECRET_KEY")
+    assert set(environ.split()) == {f"BIFROST_SECRET_KEY={key}"}
 
 
 def test_flower_wants_its_password(stack: Stack, secrets_folder: Path) -> None:
@@ -152,3 +189,14 @@ def test_flower_wants_its_password(stack: Stack, secrets_folder: Path) -> None:
     request = urllib.request.Request(f"http://{address}/tasks", headers={"Authorization": f"Basic {account}"})
     with urllib.request.urlopen(request, timeout=30) as page:  # noqa: S310 - http, two lines above
         assert page.status == 200
+
+
+def test_a_newer_postgresql_keeps_its_data_elsewhere(open_stack: OpenStack) -> None:
+    """PostgreSQL 18 starts with the volume where its images want it, and its data lies in it."""
+    with open_stack(
+        "newer", "docker-compose.yml", POSTGRES_IMAGE="postgres:18", POSTGRES_VOLUME="/var/lib/postgresql"
+    ) as stack:
+        stack.compose("up", "-d", "--wait", "postgres")
+        (mount,) = (one for one in stack.inspect("postgres")["Mounts"] if one["Type"] == "volume")
+        assert mount["Name"] == f"{stack.project}_postgres_data"
+        assert stack.sql("SHOW data_directory", "postgres").startswith(f"{mount['Destination']}/")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bifrost_bootstrap import cli, tasks, warm
+from bifrost_bootstrap import cli, tasks, warm, worker
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.tree import Tree
 
@@ -20,6 +20,7 @@ FOLDER = Path(os.environ["TEST_BARRIERS"])
 POLL_INTERVAL = 0.02
 
 warm_step = warm.warm
+beat = worker.Heartbeat.beat
 
 
 def barrier(name: str) -> None:
@@ -42,9 +43,16 @@ def warm_with_barriers(settings: Any, deadline: Any, report: Report, **options: 
     return result
 
 
+def beat_with_barrier(heartbeat: worker.Heartbeat) -> None:
+    """The worker's loop comes here every two seconds."""
+    barrier("loop")
+    beat(heartbeat)
+
+
 def main() -> int:
     """Run the worker."""
     vars(tasks)["warm_step"] = warm_with_barriers
+    type.__setattr__(worker.Heartbeat, "beat", beat_with_barrier)
     if queue := os.environ.get("TEST_QUEUE"):
         # The queue is named after host and port of the database, which differ for init behind another proxy.
         type.__setattr__(Tree, "queue", lambda _tree, _target: queue)

@@ -20,19 +20,3 @@ def test_i06_given_up_after_a_few_attempts(deployment: Deployment) -> None:
     assert worker.running
     assert deployment.applied() == REVISIONS
     assert deployment.cache() == COMPLETE
-
-
-def test_i06_messages_that_no_worker_can_run(deployment: Deployment) -> None:
-    """A message of another content type, of an unknown task or with wrong arguments is refused, and work goes on."""
-    worker = deployment.start_worker()
-    deployment.publish(b"\x80\x04.", content_type="application/x-python-serialize", task="bifrost.bootstrap.migrate")
-    worker.wait_for("(?i)refus|not accepted|ContentDisallowed|undecodable")
-    deployment.publish(b"[[], {}, {}]", task="bifrost.bootstrap.unknown")
-    worker.wait_for("unregistered task of type 'bifrost.bootstrap.unknown'")
-    deployment.publish(b"[[1, 2, 3], {}, {}]", task="bifrost.bootstrap.migrate")
-    worker.wait_for("TypeError")
-    deployment.publish(b"no json", task="bifrost.bootstrap.migrate")
-    deployment.publish(b"[1]", task="bifrost.bootstrap.migrate")
-    assert deployment.start_init().wait().returncode == 0
-    assert worker.running
-    deployment.assert_clean()

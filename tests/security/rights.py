@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from psycopg import sql
 
@@ -22,6 +23,9 @@ from tests.servers.process import find_program
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 USER = "bifrost_bootstrap"
 MIGRATE, READ = "bifrost_migrate", "bifrost_read"
+#: What the reader's password has more than the others, so that a search for those finds it too.
+READ_MORE = "-read"
+PASSWORDS = ("RABBITMQ_PASSWORD", "REDIS_PASSWORD", "POSTGRES_MIGRATE_PASSWORD", "POSTGRES_READ_PASSWORD")
 #: Seconds for the commands of one block; rabbitmqctl takes 2 on an idle machine.
 PATIENCE = 120
 Change = Callable[[str], str]
@@ -56,8 +60,9 @@ class Rights:
     def env(self) -> dict[str, str]:
         stack, database = self.deployment.stack, self.deployment.database.name
         login = f"{USER}:{PLANTED_PASSWORD_QUOTED}@127.0.0.1"
+        reader = stack.postgres.url(database, user=READ).replace("@", f"{quote(READ_MORE, safe='')}@", 1)
         return self.deployment.environment(stack.init_lines) | {
-            "BIFROST_DATABASE_URL": stack.postgres.url(database, user=READ),
+            "BIFROST_DATABASE_URL": reader,
             "BIFROST_MIGRATION_DATABASE_URL": stack.postgres.url(database, user=MIGRATE),
             "BIFROST_REDIS_URL": f"redis://{login}:{stack.redis.port}/0",
             "BIFROST_RABBITMQ_URL": f"amqp://{login}:{stack.rabbitmq.port}/{self.deployment.vhost}",
@@ -70,7 +75,8 @@ class Rights:
         stack = self.deployment.stack
         environment = {
             "PATH": f"{self.programs}:{os.environ['PATH']}",
-            "PASSWORD": PLANTED_PASSWORD,
+            **dict.fromkeys(PASSWORDS, PLANTED_PASSWORD),
+            "POSTGRES_READ_PASSWORD": PLANTED_PASSWORD + READ_MORE,
             "VHOST": self.deployment.vhost,
             "PGHOST": stack.postgres.host,
             "PGPORT": str(stack.postgres.port),

@@ -107,8 +107,12 @@ def test_metrics_that_the_alert_rules_use(flower: Flower, worker: Command) -> No
     assert used == {"flower_events_total", "flower_worker_online"}
     for name in used:
         assert re.search(rf"^{name}{{", metrics, re.MULTILINE), metrics
-    for series in re.findall(r"flower_events_total\{([^}]*)\}", expressions):
+    (pattern,) = set(re.findall(r'flower_events_total\{task=~"([^"]*)"\}', expressions))
+    events = re.findall(r"bifrost_bootstrap:event_seconds\{([^}]*)\}", expressions)
+    assert len(events) > 4
+    for series in events:
         wanted = dict(re.findall(r'(\w+)="([^"]*)"', series))
+        assert re.fullmatch(pattern.replace(r"\\", "\\"), wanted["task"])
         assert wanted["task"] in {MIGRATE, WARM}
         # What fails is exported like what succeeds.
         labels = wanted | {"type": wanted["type"].replace("task-failed", "task-succeeded")}
@@ -118,11 +122,11 @@ def test_metrics_that_the_alert_rules_use(flower: Flower, worker: Command) -> No
     wait_until(lambda: not ONLINE.search(flower.get("/metrics")), "the worker's end in Flower")
 
 
-def test_alert_rules_by_prometheus_own_tool() -> None:
+def test_alert_rules_by_prometheus_own_tool(outside: Outside) -> None:
     """`promtool` reads the rules, and they fire when they should and not otherwise (tests/security/alerts_test.yml)."""
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not installed (Debian, Ubuntu: package prometheus)")
+        lacks_server("promtool is not installed (Debian, Ubuntu: package prometheus)", in_ci=outside.in_ci)
     checked = subprocess.run([promtool, "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     tests = Path(__file__).with_name("alerts_test.yml")

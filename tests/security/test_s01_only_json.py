@@ -1,4 +1,4 @@
-"""S1: only JSON is accepted, from the broker and from the result backend; what is refused runs nothing."""
+"""S1: only JSON is accepted, from the broker and from the result backend; what is refused runs and ends nothing."""
 
 from __future__ import annotations
 
@@ -64,6 +64,20 @@ def test_s01_message_of_another_content_type(
     assert worker.running
     assert not exploded.exists()
     assert deployment.cache() == COMPLETE
+    deployment.assert_clean()
+
+
+def test_s01_message_that_no_worker_can_run(deployment: Deployment) -> None:
+    """One of an unknown task, with wrong arguments or with a body that is no task's is refused; the worker goes on."""
+    worker = deployment.start_worker()
+    deployment.publish(b"[[], {}, {}]", task="bifrost.bootstrap.unknown")
+    worker.wait_for("unregistered task of type 'bifrost.bootstrap.unknown'")
+    deployment.publish(b"[[1, 2, 3], {}, {}]", task=MIGRATE)
+    worker.wait_for("TypeError")
+    for body in (b"no json", b"[1]"):
+        deployment.publish(body, task=MIGRATE)
+    assert deployment.start_init().wait().returncode == 0
+    assert worker.running
     deployment.assert_clean()
 
 

@@ -14,7 +14,7 @@ import pytest
 from bifrost_bootstrap.celery import WARM
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
 from tests.faults.stack import COMPLETE, Deployment
-from tests.security.rights import USER, Rights, no_rights, without
+from tests.security.rights import MIGRATE, READ, USER, Rights, no_rights, without
 
 CELERY = (sys.executable, "-m", "celery", "-A", "bifrost_bootstrap")
 
@@ -66,6 +66,15 @@ def test_s02_init_with_its_own_worker(granted: Rights, run_bootstrap: RunBootstr
     """The queue of one run is within the rights too."""
     done = run_bootstrap("init", "--with-worker", env=granted.env)
     assert done.returncode == 0, done.stderr
+
+
+def test_s02_the_readers_password_is_the_readers(granted: Rights) -> None:
+    """Who knows the reader's URL cannot log in as the role that migrates."""
+    reader = granted.env["BIFROST_DATABASE_URL"]
+    psycopg.connect(reader).close()
+    psycopg.connect(granted.env["BIFROST_MIGRATION_DATABASE_URL"]).close()
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(reader.replace(READ, MIGRATE, 1))
 
 
 def test_s02_the_reader_can_change_nothing(granted: Rights, run_bootstrap: RunBootstrap) -> None:
