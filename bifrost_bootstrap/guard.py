@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from threading import Thread
 
-from bifrost_bootstrap import cache_diff, lock, module_cache, postgres, redis_server, schema as schemas
+from bifrost_bootstrap import cache_diff, lock, module_cache, postgres, readiness, redis_server, schema as schemas
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError
@@ -36,6 +36,10 @@ TURN = module_cache.OWN + b"guard"
 ANY_TASK = "any"
 
 
+#: Marker, index size and heads, as a cheap look sees them.
+Seen = tuple[Marker | None, int, tuple[str, ...]]
+
+
 class Guard:
     """
     One worker's guard. The worker's timer calls `start_look`, which returns at once: looking would block its loop.
@@ -48,8 +52,11 @@ class Guard:
         self._thread: Thread | None = None
         self._looks = 0
         #: Marker, index size and heads that a comparison has found to be right.
-        self._known: tuple[Marker | None, int, tuple[str, ...]] | None = None
+        self._known: Seen | None = None
         self.interval = settings.cache_guard_interval / LOOKS
+        #: Entries that live for a time are renewed in the second half of it, which no look may miss.
+        renewal = settings.module_cache_ttl / 4 / self.interval if self.interval else 0
+        self._full_every = min(FULL_EVERY, max(1, int(renewal))) if renewal else FULL_EVERY
 
     def start_look(self) -> None:
         """Look in a thread, unless the last look is still going on."""
@@ -73,15 +80,20 @@ class Guard:
         """What differs for certain and may be mended, or None."""
         settings = self._settings
         with redis_server.connect(settings.redis) as client:
-            # A little shorter than the pause, or the next look would find the turn of the last.
-            if not client.set(TURN, b"1", nx=True, px=max(1, round(self.interval * 900))):
+            # A little shorter than the pause, or the next look would find the turn of the last; and as long as two
+            # comparisons take, or two guards would make them.
+            if not client.set(TURN, b"1", nx=True, px=round(1000 * max(0.9 * self.interval, 2 * SECOND_LOOK))):
                 return None
             cache = ModuleCache(client, settings.module_cache_ttl)
-            if not self._suspicious(cache):
+            found = self._suspicious(cache)
+            if found is None:
                 return None
             first = self._compared(cache)
             if first.empty:
+                # Live writers change the count; once compared it is as good as the marker's.
+                self._known = found
                 return None
+            self._known = None
             Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
             again = self._compared(cache)
             diff = again.only(first.same_as(again))
@@ -99,26 +111,24 @@ class Guard:
     def _busy(self, held: object) -> bool:
         if held:
             return True
-        with postgres.connect(self._settings.migration_database, "guard") as connection:
+        with postgres.connect(
+            self._settings.migration_database, "guard", answer_timeout=postgres.ANSWER_TIMEOUT
+        ) as connection:
             return lock.holder(connection) is not None
 
-    def _suspicious(self, cache: ModuleCache) -> bool:
-        """The cheap look. A schema that is not ours to serve is not suspicious: init will warm it."""
+    def _suspicious(self, cache: ModuleCache) -> Seen | None:
+        """What the cheap look saw, if it is to be compared. A schema that is not ours to serve is left to its init."""
         state = schemas.look(self._settings.database, self._tree, self._settings)
         if not state.ready:
-            return False
+            return None
         marker, size = cache.marker(), cache.size()
         found = (marker, size, state.database_heads)
         self._looks += 1
         warmed = marker is not None and marker.tells(size, state.database_heads)
-        if (warmed or found == self._known) and self._looks % FULL_EVERY:
-            return False
-        # Live writers change the count; once compared it is as good as the marker's.
-        self._known = found
-        return True
+        return None if (warmed or found == self._known) and self._looks % self._full_every else found
 
     def _compared(self, cache: ModuleCache) -> CacheDiff:
-        diff = cache_diff.look(cache, self._settings.database, self._settings.alembic_version_table)
-        if not diff.empty:
-            self._known = None
-        return diff
+        settings = self._settings
+        return cache_diff.look(
+            cache, settings.database, settings.alembic_version_table, answer_timeout=readiness.COMPARE_TIMEOUT
+        )

@@ -50,10 +50,7 @@ class Readiness:
 
         An entry that is right and off the TTL policy, as the API writes them, keeps nobody from starting.
         """
-        diff = self.diff
-        return self.schema.ready and (
-            self.warmed or (diff is not None and not (diff.added or diff.changed or diff.removed))
-        )
+        return self.schema.ready and (self.warmed or (self.diff is not None and self.diff.complete))
 
     @property
     def nothing_to_do(self) -> bool:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Comparisons until no difference is left; each after the first meets only what was written meanwhile.
 MOST_PASSES = 20
+#: Seconds that the pass may take which the deadline finds running; then it is a server that does not answer.
+LAST_PASS = 60.0
 #: Pauses between passes, seconds: a live writer needs a moment from his commit to his entry.
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 #: Characters of content sent in one go: large enough to amortise a system call, small enough that neither
@@ -80,7 +82,9 @@ def warm(
     """
     with (
         redis_server.connect(settings.redis) as client,
-        cache_diff.snapshots(settings.database, settings.alembic_version_table) as take,
+        cache_diff.snapshots(
+            settings.database, settings.alembic_version_table, answer_timeout=deadline.remaining + LAST_PASS
+        ) as take,
     ):
         room = redis_server.room_for_writing(client, settings.redis)
         cache = ModuleCache(client, settings.module_cache_ttl)

@@ -16,11 +16,13 @@ import redis
 from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.celery import WARM
+from bifrost_bootstrap.errors import UnavailableError
 from bifrost_bootstrap.guard import FULL_EVERY, TURN, Guard
 from bifrost_bootstrap.module_cache import MARKER
 from bifrost_bootstrap.progress import held_key
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
 from tests.servers.process import wait_until
+from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import ENTRY, INDEX, Deployment
 
 MODULES = {f"m{n}.py": f"x = {n}" for n in range(10)}
@@ -63,9 +65,9 @@ def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     look = cache_diff.look
 
-    def counted(*arguments: Any) -> CacheDiff:
+    def counted(*arguments: Any, **options: Any) -> CacheDiff:
         seen.append("compared")
-        return look(*arguments)
+        return look(*arguments, **options)
 
     monkeypatch.setattr(cache_diff, "look", counted)
     return seen
@@ -98,6 +100,27 @@ def test_w09_live_writers_are_no_loss(watch: Watch, comparisons: list[str]) -> N
     assert len(comparisons) == 1
 
 
+def test_w09_what_could_not_be_compared_is_not_known(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server is away in the comparison that a loss has led to: the next look compares again, and sends the task."""
+    watch.deployment.client.flushdb()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            cache_diff, "look", lambda *_, **__: (_ for _ in ()).throw(UnavailableError("PostgreSQL", "gone"))
+        )
+        assert watch.look() == 0
+    assert watch.look() == 1
+
+
+def test_w09_entries_that_live_for_a_time_are_compared_in_it(deploy: NewDeployment, redis_url: str) -> None:
+    """With a TTL the entries are looked at often enough to be renewed, however rare a comparison is otherwise."""
+    deployment = deploy(redis_url, module_cache_ttl=120, cache_guard_interval=60)
+    deployment.put(MODULES)
+    deployment.warm()
+    for path in MODULES:
+        deployment.client.expire(ENTRY + path.encode(), 50)
+    assert Watch(deployment).look(1) == 1
+
+
 def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference that the second look does not find any more was a writer at his work."""
     deployment = watch.deployment
@@ -107,8 +130,8 @@ def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.M
     look = cache_diff.look
     looks: list[CacheDiff] = []
 
-    def then_write(*arguments: Any) -> CacheDiff:
-        diff = look(*arguments)
+    def then_write(*arguments: Any, **options: Any) -> CacheDiff:
+        diff = look(*arguments, **options)
         looks.append(diff)
         deployment.api_set("new.py", "y")
         deployment.client.persist(ENTRY + b"new.py")
