@@ -78,7 +78,8 @@ class Observer:
         A chain that still waits in the queue, since another one did the work, is not waited for.
         """
         patience = Deadline(RESULT_PATIENCE)
-        while self._begun and self._states[1].status in ("PENDING", "STARTED") and not patience.passed:
+        begun = self._begun or self._states[0].status == "SUCCESS"
+        while begun and self._states[1].status in ("PENDING", "STARTED") and not patience.passed:
             patience.sleep(RESULT_PAUSE)
             self._ask("the task states", self._look_at_states)
 
@@ -132,16 +133,19 @@ class Observer:
             return
         with redis_server.connect(self._settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
             # Read first: a Redis that refuses to be written to still tells how it stands.
-            self._note(self._sent, chain.states(client, self._sent))
+            self._note(chain.states(client, self._sent))
             chain.want(client, self._sent, self._deadline)
 
-    def _note(self, sent: SentChain, states: tuple[TaskState, TaskState]) -> None:
+    def _note(self, states: tuple[TaskState, TaskState]) -> None:
         if states != self._states or any(state.held for state in states):
             self._last_sign = Deadline(0)
-        # A migrate that was left out counts as done.
-        ours = states if sent.migrate else states[1:]
-        self._begun = self._begun or any(state.begun for state in ours)
-        self._taken = self._taken or self._begun or any(state.held for state in ours)
+        migrated = states[0].status == "SUCCESS"
+        if migrated and self._states[0].status != "SUCCESS":
+            # The warm is a message of its own, and whoever migrated may be gone.
+            self._taken = self._begun = False
+        at_work = states[migrated]
+        self._begun = self._begun or at_work.begun
+        self._taken = self._taken or self._begun or at_work.held
         self._states = states
 
     def _look_at_truth(self) -> None:

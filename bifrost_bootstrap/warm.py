@@ -130,6 +130,8 @@ class _Warm:
             # As large as the cache perhaps, and the next pass makes its own.
             del diff
             if number > 1:
+                # Whoever keeps us from an end writes without pause: what is known grows old in ours.
+                self.known = None
                 deadline.pause(number - 1, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
 
     def _pass(self, *, full: bool) -> tuple[CacheDiff, list[str], Switched]:
