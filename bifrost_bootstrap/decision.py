@@ -55,8 +55,9 @@ class Observation:
     ready: schema and cache were read and may be started upon. refusal: why waiting cannot help. away: the servers
     that could not be asked, in words; what is known of the rest is old then. sent: whether a chain of ours was
     enqueued. silent: seconds since its last sign. age: seconds since it was enqueued. taken: a worker held the step
-    that is at work, begun: it had begun with it. losses: runs that were lost with their worker. holder: of the migration
-    lock, "" where free. queued, consumers: messages and workers of the queue, None where the broker did not tell.
+    that is at work, begun: it had begun with it. losses: runs that were lost with their worker. holder: of the
+    migration lock, "" where free. queued, consumers: messages and workers of the queue, None where the broker did
+    not tell.
     """
 
     ready: bool = False

@@ -40,8 +40,8 @@ WITH_SESSIONS = [one for one in DOCUMENTS if any(block.language == "console" for
 class Deployment:
     """A private database, Redis and RabbitMQ, and the situations that the documents speak of."""
 
-    def __init__(self, database: Database, redis_url: str, init: Callable[[], None]) -> None:
-        self.database, self.redis_url, self.init = database, redis_url, init
+    def __init__(self, database: Database, redis_url: str, folder: Path, init: Callable[[], None]) -> None:
+        self.database, self.redis_url, self.folder, self.init = database, redis_url, folder, init
 
     def prepare(self, situation: str) -> None:
         """Bring about what the comment above a block names, from an empty database and an empty Redis."""
@@ -49,6 +49,7 @@ class Deployment:
         self.flush()
         {
             "a new database": lambda: None,
+            "a folder of six modules": self.with_files,
             "a row has changed": self.changed,
             "the cache was flushed": self.flushed,
             "a newer image was here": self.ahead,
@@ -59,6 +60,13 @@ class Deployment:
         """Redis loses everything."""
         with redis.Redis.from_url(self.redis_url) as client:
             client.flushdb()
+
+    def with_files(self) -> None:
+        """Nothing in the database; files where the commands are run."""
+        (self.folder / "modules").mkdir()
+        for name in ("__init__", "accounts", "mail", "reports", "tickets", "users"):
+            lines = 0 if name == "__init__" else 200
+            (self.folder / "modules" / f"{name}.py").write_text(f"NAME = {name!r}  # 0\n" * lines)
 
     def ready(self) -> None:
         """The schema is at head, three modules are cached."""
@@ -94,14 +102,14 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment(database: Database, redis_url: str, run_bootstrap: RunBootstrap) -> Deployment:
+def deployment(database: Database, redis_url: str, tmp_path: Path, run_bootstrap: RunBootstrap) -> Deployment:
     """This test's deployment; somebody has to start its worker."""
 
     def init() -> None:
         done = run_bootstrap("init")
         assert done.returncode == 0, done.stderr
 
-    return Deployment(database, redis_url, init)
+    return Deployment(database, redis_url, tmp_path, init)
 
 
 @pytest.mark.timeout(300)
