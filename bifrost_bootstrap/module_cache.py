@@ -1,5 +1,5 @@
 """
-The module cache in Redis: the only place that knows key names, the entry format and the scripts.
+The module cache in Redis: the only place that knows its key names and the entry format.
 
 The contract with the platform's readers and writers: `bifrost:module:{path}` holds an entry, the set
 `bifrost:module:index` names every path that has one. Paths are data: never a pattern, never code.
@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 import redis
 
+from bifrost_bootstrap.cache_scripts import RENEW, STATES, SWITCH
 from bifrost_bootstrap.errors import StagedLostError
 
 ENTRY = b"bifrost:module:"
@@ -30,135 +31,11 @@ COLLIDING_PATH = b"index"
 TAIL = 66
 #: Paths in one call of a script that only reads; bounds how long Redis is blocked (3 ms measured for 1,000).
 READ_SLICE = 1000
+#: Such calls sent in one go, so that Redis works on the next while we read the last.
+READ_AHEAD = 8
 #: Seconds that staged entries outlive a warm that died; renewed while it runs. Those that were written in place lie
 #: where a live writer's may lie too, so their time is not touched again: it has to do for all of the fill.
 STAGE_TTL, FILL_TTL = 300, 3600
-#: Such calls sent in one go, so that Redis works on the next while we read the last.
-READ_AHEAD = 8
-
-# A key of another type has no tail that a row could have. Numbers as strings: Redis formats each anew otherwise.
-_TAIL_OF = """
-local call, pcall = redis.call, redis.pcall
-local function tail_of(key)
-  local tail = pcall('GETRANGE', key, '-66', '-1')
-  if type(tail) == 'table' then return '!' end
-  return tail
-end
-"""
-
-# KEYS: entry prefix. ARGV: least and most milliseconds to live that the policy allows, then paths.
-# Returns the tails, and the numbers of the paths whose entry is off the policy.
-_STATES = (
-    _TAIL_OF
-    + """
-local prefix, paths = KEYS[1], ARGV
-local least, most = tonumber(paths[1]), tonumber(paths[2])
-local tails, off = {}, {}
-for i = 3, #paths do
-  local key = prefix .. paths[i]
-  local left = call('PTTL', key)
-  tails[i - 2] = tail_of(key)
-  if left ~= -2 and (left < least or left > most) then off[#off + 1] = i - 3 end
-end
-return {tails, off}
-"""
-)
-
-# KEYS: entry prefix, index, marker, stage prefix, plan. ARGV: marker, milliseconds to live (0: none), entries planned,
-# marker that was read before the entries.
-# The plan is a list of triples: operation, path, and the tail that the path's entry must have.
-# Returns {0, what is missing} when something staged is gone and nothing was written, else {1, paths left alone, 1 where
-# nobody else has switched since the entries were read}.
-#
-# A marker that says "settled" speaks for the cache as it was read. Where another warm has switched since, only that
-# one's own "settled" does, and stays; without it nothing is done.
-#
-# A script has no rollback. So everything is checked before the first write, which is a SET: Redis refuses that one when
-# it is out of memory, cannot persist, or is a replica, and refuses nothing after it, but for a command that this user
-# may not: so each is tried beforehand on a key that no path can have (PostgreSQL knows no NUL).
-_SWITCH = (
-    _TAIL_OF
-    + """
-local prefix, index, marker, stage, plan = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local ttl, planned = tonumber(ARGV[2]), tonumber(ARGV[3])
-local kind = call('TYPE', index)['ok']
-if kind ~= 'set' and kind ~= 'none' then return redis.error_reply('the index is a ' .. kind .. ', not a set') end
-if call('LLEN', plan) ~= 3 * planned then return {0, {plan}} end
-local function settled(marker) return marker:find('"settled": true', 1, true) ~= nil end
-local now = call('GET', marker) or ''
-local undisturbed = now == ARGV[4]
-if settled(ARGV[1]) and not undisturbed then
-  call('DEL', plan)
-  return {1, {}, planned == 0 and settled(now) and 1 or 0}
-end
-local parts, alone = {}, {}
-for start = 0, 3 * planned - 1, 3000 do
-  local part = call('LRANGE', plan, start, start + 2999)
-  local staged = {}
-  for i = 1, #part, 3 do
-    local path = part[i + 1]
-    local key = prefix .. path
-    if part[i] == 'set' then
-      part[i] = stage .. path
-      staged[#staged + 1] = part[i]
-    end
-    if tail_of(key) ~= part[i + 2] then
-      alone[#alone + 1] = path
-      part[i] = false
-    end
-    part[i + 2] = key
-  end
-  -- One call for all of them; one by one it is a fifth of the time of a switch.
-  if #staged > 0 and call('EXISTS', unpack(staged)) ~= #staged then
-    for _, key in ipairs(staged) do
-      if call('EXISTS', key) == 0 then return {0, {key}} end
-    end
-  end
-  parts[#parts + 1] = part
-end
-if planned > 0 then
-  local probe = prefix .. '\\0'
-  call('SET', probe, '', 'PX', '1000')
-  call('PEXPIRE', probe, '1000')
-  call('RENAME', probe, probe)
-  call('DEL', probe)
-  call('PERSIST', probe)
-  call('SREM', probe, '')
-  call('SADD', probe, '')
-  call('SREM', probe, '')
-end
-call('SET', marker, ARGV[1])
-for _, part in ipairs(parts) do
-  local indexed = {}
-  for i = 1, #part, 3 do
-    local from, path, key = part[i], part[i + 1], part[i + 2]
-    if from == 'remove' then
-      -- What somebody has indexed as `index` has no entry, and its key is the index.
-      if key ~= index then call('DEL', key) end
-      call('SREM', index, path)
-    elseif from then
-      if from == 'keep' then from = key end
-      if ttl > 0 then call('PEXPIRE', from, ttl) else call('PERSIST', from) end
-      if from ~= key then call('RENAME', from, key) end
-      indexed[#indexed + 1] = path
-    end
-  end
-  if #indexed > 0 then call('SADD', index, unpack(indexed)) end
-end
-call('DEL', plan)
-return {1, alone, undisturbed and 1 or 0}
-"""
-)
-
-# KEYS: stage prefix, plan. ARGV: seconds.
-_RENEW = """
-for start = 0, redis.call('LLEN', KEYS[2]) - 1, 3000 do
-  local part = redis.call('LRANGE', KEYS[2], start, start + 2999)
-  for i = 1, #part, 3 do
-    if part[i] == 'set' then redis.call('EXPIRE', KEYS[1] .. part[i + 1], ARGV[1]) end
-  end
-end
-"""
 
 
 @contextmanager
@@ -269,8 +146,8 @@ class ModuleCache:
             slices = [part[at : at + READ_SLICE] for at in range(0, len(part), READ_SLICE)]
             with self._client.pipeline(transaction=False) as pipeline:
                 for one in slices:
-                    pipeline.eval(_STATES, 1, ENTRY, *policy, *one)
-                with _rights_named(_STATES):
+                    pipeline.eval(STATES, 1, ENTRY, *policy, *one)
+                with _rights_named(STATES):
                     answers = pipeline.execute()
                 for one, (found, off) in zip(slices, answers, strict=True):
                     tails.update(zip(one, found, strict=True))
@@ -305,8 +182,8 @@ class ModuleCache:
 
     def renew(self, warm_id: str) -> None:
         """Let staged entries live as long again."""
-        with _rights_named(_RENEW):
-            self._client.eval(_RENEW, 2, stage_prefix(warm_id), plan_key(warm_id), STAGE_TTL)
+        with _rights_named(RENEW):
+            self._client.eval(RENEW, 2, stage_prefix(warm_id), plan_key(warm_id), STAGE_TTL)
 
     def switch(self, marker: Marker, planned: int, since: bytes) -> Switched:
         """
@@ -318,8 +195,8 @@ class ModuleCache:
         """
         own = (stage_prefix(marker.warm_id), plan_key(marker.warm_id))
         arguments = (ENTRY, INDEX, MARKER, *own, marker.to_json(), self._ttl_ms, planned, since)
-        with _rights_named(_SWITCH):
-            done, paths, *undisturbed = self._client.eval(_SWITCH, 5, *arguments)
+        with _rights_named(SWITCH):
+            done, paths, *undisturbed = self._client.eval(SWITCH, 5, *arguments)
         if not done:
             raise StagedLostError(f"what was staged was evicted before the switch, {paths[0]!r} among it")
         return Switched(list(paths), bool(undisturbed[0]))
