@@ -20,6 +20,16 @@ from tests.servers.process import wait_until
 SO_ATTACH_FILTER = 26
 #: struct sock_filter, one instruction: keep 0 bytes of every packet.
 DROP = struct.pack("HBBI", 0x06, 0, 0, 0)
+#: A revision that waits for the test in its own code.
+BETWEEN_TWO_STATEMENTS = """
+    import pathlib, time
+    here = pathlib.Path(__file__)
+    with op.get_context().autocommit_block():
+        here.with_suffix(".here").touch()
+        while not here.with_suffix(".go").exists():
+            time.sleep(0.05)
+        op.execute("SELECT 1")
+"""
 
 
 class VanishingHost(Proxy):
@@ -38,6 +48,10 @@ class VanishingHost(Proxy):
     def vanish(self) -> None:
         """No byte, no FIN and no acknowledgement leaves from here, not even for the kernel's keepalives."""
         self.cut()
+        self.deafen()
+
+    def deafen(self) -> None:
+        """What the server sends is lost from now on."""
         for server in self._servers:
             if server.fileno() >= 0:
                 program = struct.pack("HP", 1, ctypes.addressof(self._program))
@@ -55,17 +69,26 @@ def vanishing_host(postgres: Postgres) -> Iterator[VanishingHost]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("within_an_answer", [False, True])
 def test_m07_holder_vanishes_without_a_word(
-    database: Database, tree: Tree, start_migrate: StartMigrate, vanishing_host: VanishingHost
+    database: Database,
+    tree: Tree,
+    start_migrate: StartMigrate,
+    vanishing_host: VanishingHost,
+    within_an_answer: bool,
 ) -> None:
-    """The host of a holder is gone between two packets: the server notices within the 60 seconds that the next run
-    has, which then ends what the dead runner has left, and completes.
+    """The host of a holder is gone between two packets, or before it has acknowledged an answer: the server notices
+    within the 60 seconds that the next run has, which then ends what the dead runner has left, and completes.
     """
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
         url = vanishing_host.through(database.url)
         step = start_migrate(BIFROST_DATABASE_URL=url, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
         dead = stop.reached()
+        if within_an_answer:
+            vanishing_host.deafen()
+            before = last_statement(database)
+            wait_until(lambda: last_statement(database) != before, "one more statement on the lock's connection")
         vanishing_host.vanish()
         step.kill()
         assert len(lock_sessions(database)) == 1
@@ -77,6 +100,40 @@ def test_m07_holder_vanishes_without_a_word(
         done = outcome(next_step)
     assert (done.code, done.applied) == (0, ["two"])
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+def last_statement(database: Database) -> object:
+    """When the lock's session has begun its last statement."""
+    (session,) = lock_sessions(database)
+    return database.execute("SELECT query_start FROM pg_stat_activity WHERE pid = %s", (session,))
+
+
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+def test_m04_connection_breaks_between_two_statements(
+    postgres: Postgres,
+    database: Database,
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    kind: Literal["plain", "asynchronous"],
+) -> None:
+    """The runner's connection alone breaks while no statement is under way: what notices is our own proof of the lock,
+    and the revision is tried again.
+    """
+    if not isinstance(postgres, PostgresServer):
+        pytest.skip("the proxy stands before a server of our own")
+    tree = Tree(tmp_path / kind, kind).revision("one").revision("two", BETWEEN_TWO_STATEMENTS)
+    for file in tree.folder.glob("*.py"):
+        file.write_text(file.read_text().replace('os.environ["DATABASE_URL"]', 'os.environ["OWN_URL"]'))
+    with Proxy(postgres.port) as proxy:
+        step = start_migrate(OWN_URL=proxy.through(database.url), BIFROST_ALEMBIC_CONFIG=str(tree.config))
+        wait_until((tree.versions / "two.here").exists, "the revision between its statements")
+        proxy.refuse()
+        proxy.heal()
+        (tree.versions / "two.go").touch()
+        done = outcome(step)
+    assert (done.code, sorted(done.applied)) == (0, ["one", "two"]), done.facts
+    assert "trying again" in done.log
+    assert applied(database) == {"one": 1, "two": 1}
 
 
 @pytest.mark.faults
