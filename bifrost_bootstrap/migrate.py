@@ -9,7 +9,7 @@ from typing import Any
 
 from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree as trees
 from bifrost_bootstrap.alembic_run import Applied, Died, Retry
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
 from bifrost_bootstrap.errors import (
     BootstrapError,
     MigrateGivenUpError,
@@ -22,7 +22,6 @@ from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
-from bifrost_bootstrap.waiting import REFUSAL_PATIENCE
 
 logger = logging.getLogger(__name__)
 
