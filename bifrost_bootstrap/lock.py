@@ -287,6 +287,8 @@ def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, on_wait: Callab
         attempt += 1
         if attempt == 1:
             on_wait(f"ending {what}")
+        # The look has left us a snapshot, for whose end a concurrent build would wait as we do for the build's.
+        lock.keep_alive()
         deadline.pause(attempt, first=0.05, longest=TRY_PAUSE)
 
 
