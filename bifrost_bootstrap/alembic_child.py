@@ -22,10 +22,12 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 # Our folder is first on the path when this file is run, and would give env.py our modules (`celery`, `lock`).
@@ -34,7 +36,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from alembic.config import Config
     from alembic.runtime.migration import MigrationContext
@@ -45,12 +47,22 @@ if TYPE_CHECKING:
 STATEMENT_LENGTH = 2000
 #: Milliseconds between two looks of the server at whether its client is still there (0.5 s measured to end).
 CONNECTION_CHECK = 1000
+#: Seconds that a statement gets to end when its parent has gone.
+CANCEL_GRACE = 3.0
 
+GAP, NAME = r"(?:\s|--[^\n]*\n|/\*.*?\*/)", r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 CONCURRENT_INDEX = re.compile(
-    r"""create\s+(?:unique\s+)?index\s+concurrently\s+(?:if\s+not\s+exists\s+)?
-        (?P<index>"[^"]+"|\w+)\s+on\s+(?:only\s+)?(?P<table>(?:(?:"[^"]+"|\w+)\.)?(?:"[^"]+"|\w+))""",
-    re.IGNORECASE | re.VERBOSE,
+    rf"""\bcreate{GAP}+(?:unique{GAP}+)?index{GAP}+concurrently{GAP}+(?:if{GAP}+not{GAP}+exists{GAP}+)?
+        (?P<index>{NAME}){GAP}*\bon\b{GAP}*(?:only\b{GAP}*)?(?P<table>(?:{NAME}\.)?{NAME})""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
+#: What is not run in a transaction of ours: what makes one, and what the server would log as an error.
+ALONE = re.compile(
+    rf"{GAP}*(?:(?:begin|start|commit|end|rollback|vacuum)\b|(?:create|drop|reindex)\b.*\bconcurrently\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+#: By which the server refuses a statement that must have no transaction around it, a procedure that commits too.
+NEEDS_NO_TRANSACTION = ("25001", "2D000")
 
 
 class Refused(Exception):
@@ -75,12 +87,21 @@ class Events:
 
 
 def end_with_parent() -> None:
-    """End this process at once when the parent closes our stdin or dies."""
+    """
+    End this process, and what it started, when the parent closes our stdin or dies.
+
+    By SIGINT: asyncio and psycopg have the server cancel what is running, behind a pooler too. (psycopg2 does not
+    listen, and leaves a statement outside a transaction to the next holder.)
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait() -> None:
         # Not sys.stdin: what the tree forks would inherit its lock, taken.
         while os.read(0, 4096):
             pass
+        # The parent has given us a process group of our own.
+        os.killpg(0, signal.SIGINT)
+        time.sleep(CANCEL_GRACE)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -104,6 +125,8 @@ class Guard:
         event.listen(Engine, "commit", self.on_commit)
         event.listen(Engine, "before_cursor_execute", self.on_execute, retval=True)
         event.listen(Engine, "do_execute", self.on_run)
+        event.listen(Engine, "do_executemany", self.on_run_many)
+        event.listen(Engine, "after_cursor_execute", self.on_executed)
 
     @staticmethod
     def on_connect(dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
@@ -137,7 +160,8 @@ class Guard:
         if connection.dialect.driver == "asyncpg":
             # It closes a prepared statement with the next one; the last would stay behind at a pooler.
             session: Any = connection.connection.dbapi_connection
-            session.run_async(lambda driver: driver.execute("DEALLOCATE ALL"))
+            with told_apart(connection):
+                session.run_async(lambda driver: driver.execute("DEALLOCATE ALL"))
 
     def on_execute(
         self, connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
@@ -149,13 +173,24 @@ class Guard:
             self.drop_invalid(connection, found["index"], found["table"])
         return f"{self.tag} {statement}", parameters
 
+    def on_executed(
+        self, connection: Connection, _cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
+    ) -> None:
+        """IF NOT EXISTS waits for somebody else's build, and skips ours also where that one has failed meanwhile."""
+        if self.foreign(connection) is not None or not autocommits(connection):
+            return
+        if found := CONCURRENT_INDEX.search(statement):
+            while self.drop_invalid(connection, found["index"], found["table"]):
+                self.prove(connection)
+                run(connection, statement)
+
     @staticmethod
-    def on_run(_cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
-        """Run it in one exchange where it needs that, and has no parameters."""
-        if parameters or loose_asyncpg(context.root_connection) is None:
-            return False
-        run(context.root_connection, statement)
-        return True
+    def on_run(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        return run_loose(context.root_connection, cursor, "_prepare_and_execute", statement, parameters)
+
+    @staticmethod
+    def on_run_many(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        return run_loose(context.root_connection, cursor, "_executemany", statement, parameters)
 
     def foreign(self, connection: Connection) -> str | None:
         """Which other database than the locked one this connection leads to, or None. Asked once a connection."""
@@ -184,9 +219,9 @@ class Guard:
         if not held[0]:
             raise Refused("lock_lost")
 
-    def drop_invalid(self, connection: Connection, index: str, table: str) -> None:
+    def drop_invalid(self, connection: Connection, index: str, table: str) -> bool:
         """Drop an INVALID index of this name, left by an interrupted build that no session goes on with."""
-        name = index.strip('"') if index.startswith('"') else index.lower()
+        name = index[1:-1].replace('""', '"') if index.startswith('"') else index.lower()
         found = ask(
             connection,
             "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
@@ -198,6 +233,7 @@ class Guard:
         if found:
             run(connection, f"{self.tag} DROP INDEX CONCURRENTLY {found[0]}")
             self.events.send("healed", index=found[0])
+        return bool(found)
 
 
 def literal(text: str) -> str:
@@ -220,33 +256,78 @@ def loose_asyncpg(connection: Connection) -> Any:
     return connection.connection.dbapi_connection if loose else None
 
 
+@contextmanager
+def told_apart(connection: Connection) -> Iterator[None]:
+    """In an event SQLAlchemy translates no error of the driver: say ourselves that the connection broke."""
+    session = connection.connection.dbapi_connection
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or connection.dialect.is_disconnect(error, session, None):  # type: ignore[arg-type]
+            raise Refused("disconnected", message=str(error)) from error
+        raise
+
+
 def run(connection: Connection, statement: str) -> None:
     """Run a statement without a result. By the driver: SQLAlchemy would begin a transaction, and call us again."""
-    if loose := loose_asyncpg(connection):
-        try:
-            loose.run_async(lambda driver: driver.execute(statement))
-        except Exception as error:
-            loose._handle_exception(error)
-        return
-    cursor = connection.connection.cursor()
-    cursor.execute(statement)
-    cursor.close()
+    with told_apart(connection):
+        if loose := loose_asyncpg(connection):
+            try:
+                loose.run_async(lambda driver: driver.execute(statement))
+            except Exception as error:
+                loose._handle_exception(error)
+            return
+        cursor = connection.connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
 
 
 def ask(connection: Connection, query: str) -> Any:
     """First row of the query, or None."""
-    if loose := loose_asyncpg(connection):
+    with told_apart(connection):
+        if loose := loose_asyncpg(connection):
 
-        async def in_one_session(driver: Any) -> Any:
-            async with driver.transaction():
-                return await driver.fetchrow(query)
+            async def in_one_session(driver: Any) -> Any:
+                async with driver.transaction():
+                    return await driver.fetchrow(query)
 
-        return loose.run_async(in_one_session)
-    cursor = connection.connection.cursor()
-    cursor.execute(query)
-    row = cursor.fetchone()
-    cursor.close()
-    return row
+            return loose.run_async(in_one_session)
+        cursor = connection.connection.cursor()
+        cursor.execute(query)
+        row = cursor.fetchone()
+        cursor.close()
+        return row
+
+
+def run_loose(connection: Connection, cursor: Any, method: str, statement: str, parameters: Any) -> bool:
+    """
+    Run the tree's statement so that it meets one session only, where that takes care; whether it was run.
+
+    In a transaction of its own, by the cursor's own method, so that rows and their number are where the tree looks for
+    them. What must have no transaction around it has neither, and is one exchange.
+    """
+    loose = loose_asyncpg(connection)
+    if loose is None or loose._connection.is_in_transaction():
+        return False
+
+    async def in_one_session(driver: Any) -> None:
+        async with driver.transaction():
+            await getattr(cursor, method)(statement, parameters)
+            # It would stay behind at a pooler.
+            await driver.execute("DEALLOCATE ALL")
+
+    if not ALONE.match(statement):
+        try:
+            loose.run_async(in_one_session)
+        except Exception as error:
+            if getattr(error, "sqlstate", None) not in NEEDS_NO_TRANSACTION:
+                loose._handle_exception(error)
+        else:
+            return True
+    if parameters:
+        return False
+    run(connection, statement)
+    return True
 
 
 class Runner:
@@ -257,6 +338,7 @@ class Runner:
         self.version_table: str = request["version_table"]
         self.guard = Guard(request, events)
         self.revision = self.title = ""
+        self.applied = False
 
     def upgrade(self) -> None:
         from alembic.runtime.environment import EnvironmentContext
@@ -271,10 +353,11 @@ class Runner:
         if where := self.guard.foreign(context.connection):
             raise Refused("wrong_database", migrated=where)
         schema, table = context.version_table_schema, context.version_table
-        written = f"{schema}.{table}" if schema else table
+        read_schema, _, read_table = self.version_table.rpartition(".")
         # Where the tree leaves the schema to its search path, only the result can tell.
-        if self.version_table not in (written, f"{self.version_table.rpartition('.')[0]}.{written}"):
-            raise Refused("version_table", written=written)
+        read_schema = read_schema or (where_found(context.connection, read_table) if schema else "")
+        if read_table != table or (schema and read_schema != schema):
+            raise Refused("version_table", written=f"{schema}.{table}" if schema else table)
         steps = list(self.script._upgrade_revs("heads", heads))
         self.events.send("plan", revisions=[describe(step.revision) for step in steps])
         context.on_version_apply_callbacks += (self.on_applied,)
@@ -284,7 +367,7 @@ class Runner:
 
     def announced(self, step: Any, migrate: Callable[..., Any]) -> Callable[..., Any]:
         def migrate_announced(**arguments: Any) -> None:
-            self.revision, self.title = step.revision.revision, step.revision.doc
+            self.revision, self.title, self.applied = step.revision.revision, step.revision.doc, False
             self.events.send("begin", **describe(step.revision))
             self.began = time.monotonic()
             migrate(**arguments)
@@ -292,8 +375,23 @@ class Runner:
         return migrate_announced
 
     def on_applied(self, **_facts: Any) -> None:
+        """It is recorded; its transaction is still to be committed, and may fail in that."""
+        self.applied = True
         self.events.send("applied", revision=self.revision, seconds=round(time.monotonic() - self.began, 3))
-        self.revision = self.title = ""
+
+    def report(self, error: BaseException) -> dict[str, Any]:
+        return report(error, self.revision, self.title) | ({"statement": "COMMIT"} if self.applied else {})
+
+
+def where_found(connection: Connection, table: str) -> str:
+    """The schema in which a table without one is found, or would be made."""
+    name = literal('"' + table.replace('"', '""') + '"')
+    found = ask(
+        connection,
+        "SELECT coalesce((SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        f" WHERE c.oid = to_regclass({name})), current_schema())::text",
+    )
+    return found[0] or ""
 
 
 def pending_sql(config: Config, script: ScriptDirectory, heads: list[str]) -> str:
@@ -340,7 +438,7 @@ def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
     return {
         "kind": "failed",
         "sqlstate": sqlstate,
-        "disconnected": not sqlstate and is_disconnect(error),
+        "disconnected": not sqlstate and is_disconnect(error, begun=bool(revision)),
         "message": f"{message} ({detail})" if detail else message or type(error).__name__,
         "hint": getattr(diag, "message_hint", None) or getattr(cause, "hint", None) or "",
         "statement": " ".join((getattr(error, "statement", None) or "").split())[:STATEMENT_LENGTH],
@@ -349,44 +447,54 @@ def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
     }
 
 
-def is_disconnect(error: BaseException) -> bool:
-    """Whether the server was not to be reached, or the connection broke; errors of files carry a file name."""
+def is_disconnect(error: BaseException, *, begun: bool) -> bool:
+    """
+    Whether the server was not to be reached, or the connection broke.
+
+    begun: a revision has, so there was a connection, and only SQLAlchemy knows whether it broke; the revision's
+    own calls of other services fail by the same classes. Before that, errors of files are told by their name.
+    """
     from sqlalchemy.exc import InterfaceError, OperationalError
 
+    if begun or getattr(error, "connection_invalidated", False):
+        return bool(getattr(error, "connection_invalidated", False))
     if isinstance(error, OSError):
         return error.filename is None
-    return getattr(error, "connection_invalidated", False) or isinstance(error, InterfaceError | OperationalError)
+    return isinstance(error, InterfaceError | OperationalError)
 
 
 def main() -> NoReturn:
     events = Events()
     request = json.loads(sys.stdin.buffer.readline())
     runner: Runner | None = None
+    code = 1
     try:
-        from alembic.config import Config
-        from alembic.script import ScriptDirectory
+        try:
+            from alembic.config import Config
+            from alembic.script import ScriptDirectory
 
-        config = Config(request["config"])
-        script = ScriptDirectory.from_config(config)
-        if request["mode"] == "describe":
-            events.send("tree", revisions=[describe(revision) for revision in script.walk_revisions()])
-        elif request["mode"] == "sql":
-            events.send("sql", sql=pending_sql(config, script, request["heads"]))
-        else:
-            end_with_parent()
-            runner = Runner(request, config, script, events)
-            runner.upgrade()
-            events.send("done")
-        code = 0
-    except BaseException as error:
-        import traceback
+            config = Config(request["config"])
+            script = ScriptDirectory.from_config(config)
+            if request["mode"] == "describe":
+                events.send("tree", revisions=[describe(revision) for revision in script.walk_revisions()])
+            elif request["mode"] == "sql":
+                events.send("sql", sql=pending_sql(config, script, request["heads"]))
+            else:
+                end_with_parent()
+                runner = Runner(request, config, script, events)
+                runner.upgrade()
+                events.send("done")
+            code = 0
+        except BaseException as error:
+            import traceback
 
-        traceback.print_exc()
-        events.send("error", **report(error, runner.revision if runner else "", runner.title if runner else ""))
-        code = 1
-    sys.stderr.flush()
-    # Not sys.exit: threads and exit handlers of the tree must not change what we reported.
-    os._exit(code)
+            traceback.print_exc()
+            events.send("error", **(runner.report(error) if runner else report(error, "", "")))
+        sys.stderr.flush()
+    finally:
+        # Whoever was to read it may be gone. Not sys.exit: threads and exit handlers of the tree must not change what
+        # we reported.
+        os._exit(code)
 
 
 if __name__ == "__main__":

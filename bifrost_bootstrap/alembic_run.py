@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from bifrost_bootstrap.errors import (
     masked,
 )
 from bifrost_bootstrap.lock import BlockerWatch, MigrationLock
+from bifrost_bootstrap.postgres import REFUSALS
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -33,11 +35,17 @@ from bifrost_bootstrap.tree import Tree
 logger = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT, _NO_RIGHT = "55P03", "42501"
+#: SQLSTATEs of a login that is refused: password, role, database.
+_REFUSED = ("28", "3D000")
 #: SQLSTATEs after which the same revision may succeed: deadlock, serialization, a statement that asyncpg prepared on
 #: another connection of a pooler (26000), and the classes of connection errors, shutdown and lack of resources.
 _TRANSIENT = ("40P01", "40001", "26000", "08", "57P", "53")
 #: Lines of the tree's own output that are kept for a report.
 KEPT_OUTPUT = 20
+#: Seconds for the last words of a child that has ended, or said how it ends: what it started may keep its pipes open.
+LAST_WORDS = 1.0
+#: Seconds that one wait for a lock must have lasted, at least, before the deadline ends it: work has short ones too.
+SHORTEST_BLOCK = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,20 @@ class Retry(Exception):
         self.error = error
 
 
+class Died(Retry):
+    """The tree's process ended without saying why."""
+
+
 def upgrade(
     settings: Settings, tree: Tree, held: MigrationLock, deadline: Deadline, applied: list[Applied], report: Report
 ) -> None:
     """
     Run the tree in its child process while the lock is held; appends to `applied` what was applied and committed.
 
-    The deadline ends a statement that waits for somebody else's lock, and none that works.
+    The deadline ends a statement that waits for somebody else's lock, and none that works. At the end no process is
+    left that the tree has started in its process group.
 
-    Raises Retry, MigrationError, RefusedError, WrongDatabaseError, VersionTableError, UnavailableError.
+    Raises Retry, Died, MigrationError, RefusedError, WrongDatabaseError, VersionTableError, UnavailableError.
     """
     request = {
         "mode": "upgrade",
@@ -88,7 +101,7 @@ def upgrade(
         child = subprocess.Popen(  # noqa: S603  (the operator's own interpreter)
             [tree.python, str(trees.CHILD)],
             cwd=tree.config.parent, env=child_environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         raise trees.does_not_start(tree.python, error) from error
@@ -99,16 +112,18 @@ def upgrade(
         # What has ended before it read this says why on stderr.
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(request).encode() + b"\n")
-            child.stdin.flush()
         with watch:
-            for event in _events(child, held, watch, deadline, run.output):
+            longest_block = max(settings.migration_lock_timeout, SHORTEST_BLOCK)
+            for event in _events(child, held, watch, deadline, longest_block, run.output):
                 run.on_event(event)
-        child.wait()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(LAST_WORDS)
     finally:
-        child.kill()
-        child.communicate()
-        applied += run.committed()
-    if run.failure:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        with child:
+            applied += run.committed()
+    if not run.ended:
         # What fails after the lock is lost, or in a server that has restarted since, is tried again.
         held.keep_alive()
     if outcome := run.error(child.returncode, applied):
@@ -122,6 +137,8 @@ class _Run:
         self.settings, self.tree, self.watch, self.report = settings, tree, watch, report
         self.output: deque[str] = deque(maxlen=KEPT_OUTPUT)
         self.applied: list[Applied] = []
+        #: Applied, and perhaps still to be committed.
+        self.last: Applied | None = None
         self.failure: dict[str, Any] | None = None
         self.total = 0
         self.ended = False
@@ -131,31 +148,41 @@ class _Run:
             case "plan":
                 self.total = len(event["revisions"])
             case "begin":
+                self.take_last()
                 logger.info("revision %s begins: %s", event["revision"], event["title"])
                 note = f"{event['revision']} {event['title']}"
                 self.report(Progress("migrate", len(self.applied), self.total, "revisions", note))
             case "applied":
                 title = self.tree.revisions[event["revision"]].title
-                self.applied.append(Applied(event["revision"], title, event["seconds"]))
-                logger.info("revision %s applied in %.2fs: %s", event["revision"], event["seconds"], title)
-                self.report(Progress("migrate", len(self.applied), self.total, "revisions", title))
+                self.last = Applied(event["revision"], title, event["seconds"])
             case "healed":
                 logger.warning("dropped the INVALID index %s that an interrupted build had left", event["index"])
             case "done":
+                self.take_last()
                 self.ended = True
             case "error":
                 self.failure = event
 
+    def take_last(self) -> None:
+        """Something came after it: where each revision has a transaction of its own, it is committed."""
+        if self.last is None:
+            return
+        self.applied.append(self.last)
+        logger.info("revision %s applied in %.2fs: %s", self.last.revision, self.last.seconds, self.last.title)
+        self.report(Progress("migrate", len(self.applied), self.total, "revisions", self.last.title))
+        self.last = None
+
     def committed(self) -> list[Applied]:
         """What was applied, without what the failure took back: a tree may run all revisions in one transaction."""
-        if self.ended or not self.applied:
-            return self.applied
+        applied = self.applied + ([self.last] if self.last else [])
+        if self.ended or not applied:
+            return applied
         try:
             state = schema.look(self.settings.migration_database, self.tree, self.settings)
         except BootstrapError as error:
             logger.warning("cannot see which revisions were recorded: %s", error)
             return []
-        return [applied for applied in self.applied if applied.revision in self.tree.upto(state.database_heads)]
+        return [one for one in applied if one.revision in self.tree.upto(state.database_heads)]
 
     def error(self, returncode: int, applied: list[Applied]) -> Exception | None:
         """What the run ended in; None where it succeeded."""
@@ -163,7 +190,7 @@ class _Run:
             return None
         if self.failure is None:
             last = self.output[-1] if self.output else "without a word"
-            return Retry(UnavailableError("the tree's process", masked(f"it ended with code {returncode}: {last}")))
+            return Died(UnavailableError("the tree's process", masked(f"it ended with code {returncode}: {last}")))
         return self._error_of(self.failure, [one.revision for one in applied])
 
     def _error_of(self, event: dict[str, Any], applied: list[str]) -> Exception:
@@ -173,9 +200,17 @@ class _Run:
                 return WrongDatabaseError(str(url), event["migrated"])
             case "version_table":
                 return VersionTableError(self.settings.alembic_version_table, event["written"])
-            case "lock_lost":
-                return Retry(UnavailableError(str(url), "the migration lock was lost while a revision ran"))
+            case "lock_lost" | "disconnected":
+                lost = "the migration lock was lost while a revision ran"
+                return Retry(UnavailableError(str(url), masked(event.get("message", lost))))
         message = masked(event["message"])
+        # What fails after its last one is no revision's fault.
+        revision, title, statement = (
+            ("", "", "") if event["revision"] in applied else (event["revision"], event["title"], event["statement"])
+        )
+        refused = event["disconnected"] and any(word in message for word in REFUSALS)
+        if not event["revision"] and (refused or event["sqlstate"].startswith(_REFUSED)):
+            return Retry(RefusedError("the database that env.py of the tree names", message))
         if event["sqlstate"] == _LOCK_TIMEOUT:
             return Retry(_busy(event["revision"], self.watch))
         if event["disconnected"] or event["sqlstate"].startswith(_TRANSIENT):
@@ -183,14 +218,7 @@ class _Run:
         if event["sqlstate"] == _NO_RIGHT and not event["revision"]:
             # The version table could not be made: no revision is at fault.
             return RefusedError(str(url), message)
-        return MigrationError(
-            event["revision"],
-            event["title"],
-            masked(event["statement"]),
-            message,
-            masked(event["hint"]),
-            applied,
-        )
+        return MigrationError(revision, title, masked(statement), message, masked(event["hint"]), applied)
 
 
 def _busy(revision: str, watch: BlockerWatch) -> BusyError:
@@ -198,17 +226,27 @@ def _busy(revision: str, watch: BlockerWatch) -> BusyError:
 
 
 def _events(
-    child: subprocess.Popen[bytes], held: MigrationLock, watch: BlockerWatch, deadline: Deadline, output: deque[str]
+    child: subprocess.Popen[bytes],
+    held: MigrationLock,
+    watch: BlockerWatch,
+    deadline: Deadline,
+    longest_block: float,
+    output: deque[str],
 ) -> Iterator[dict[str, Any]]:
-    """The child's events until it closes its end, keeping the lock alive in between; its output goes to the log."""
+    """
+    The child's events until it ends, keeping the lock alive in between; its output goes to the log.
+
+    What the child has started may live on and keep the pipes open.
+    """
     assert child.stdout and child.stderr
     revision = ""
+    ended: Deadline | None = None
     with selectors.DefaultSelector() as selector:
         for stream in (child.stdout, child.stderr):
             selector.register(stream, selectors.EVENT_READ, _Lines(stream))
         kept = Deadline(lock.KEEP_ALIVE)
-        while selector.get_map():
-            for key, _ in selector.select(kept.remaining):
+        while selector.get_map() and not (ended and ended.passed):
+            for key, _ in selector.select(ended.remaining if ended else kept.remaining):
                 lines = key.data.read()
                 if lines is None:
                     selector.unregister(key.fileobj)
@@ -216,13 +254,17 @@ def _events(
                     if key.fileobj is child.stdout:
                         event = json.loads(line)
                         revision = event.get("revision", revision)
+                        if event["event"] in ("done", "error"):
+                            ended = Deadline(LAST_WORDS)
                         yield event
                     else:
                         output.append(line)
                         logger.debug("tree: %s", line)
-            if kept.passed:
+            if kept.passed and not ended:
                 held.keep_alive()
-                if watch.now and deadline.passed:
+                if child.poll() is not None:
+                    ended = Deadline(LAST_WORDS)
+                if deadline.passed and watch.blocked > longest_block:
                     held.end_runners()
                     raise Retry(_busy(revision, watch))
                 kept = Deadline(lock.KEEP_ALIVE)

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+#: Seconds for which a refused login may still become right: the official images create user and database while
+#: they already answer.
+REFUSAL_PATIENCE = 30.0
+
 
 class Overrun(BaseException):
     """A block ran past its deadline. No Exception, so that nothing on the way takes it for its own failure."""

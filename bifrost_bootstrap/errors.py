@@ -221,6 +221,7 @@ class SchemaError(BootstrapError):
 
     exit_code = ExitCode.MIGRATION
     facts = ("verdict", "why", "todo")
+    verdict: str
     text = "schema: {why}"
     advice = "{todo}"
 

@@ -44,7 +44,8 @@ KEEP_ALIVE = 1.0
 LOST_AFTER = 30.0
 
 # Off for this transaction only: an idle holder must outlive them. The keepalives have a direct server notice
-# within 45 s (15 + 3 × 10) that the holder vanished without a FIN; a pooler has its own.
+# within 45 s (15 + 3 × 10) that the holder vanished without a FIN, and the last (milliseconds) where that was within an
+# answer: no keepalive is sent while data is unacknowledged. A pooler has its own.
 _OWN_SETTINGS = {
     "idle_in_transaction_session_timeout": "0",
     "transaction_timeout": "0",
@@ -52,6 +53,7 @@ _OWN_SETTINGS = {
     "tcp_keepalives_idle": "15",
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "45000",
 }
 _MUST_BE_OFF = ("idle_in_transaction_session_timeout", "transaction_timeout")
 
@@ -72,6 +74,11 @@ _RUNNERS = f"""
     WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid() AND query LIKE %s
 """  # noqa: S608  (our own words, here and below)
 _RUNNERS_PARAMETERS = (LOCK_CLASS, RUNNER, TAG + "%")
+#: Concurrent builds whose statement another role may not see: one of them may be what a runner has left.
+_HIDDEN_BUILDS = """
+    SELECT pid FROM pg_stat_progress_create_index JOIN pg_stat_activity a USING (pid)
+    WHERE a.datname = current_database() AND a.state IS NULL
+"""
 
 
 @dataclass(frozen=True)
@@ -118,17 +125,29 @@ class MigrationLock:
         """
         End the sessions in which a runner is at work, and return those that are still there.
 
-        Sessions of another role are not ours to end.
+        Sessions of another role are not ours to end; where their statements are hidden, whoever builds an index counts.
         """
         with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
             # Within a transaction pg_stat_activity shows again what it showed first.
             self._connection.execute("SELECT pg_stat_clear_snapshot()")
             rows = self._connection.execute(
                 "SELECT pid, CASE usename WHEN current_user THEN pg_terminate_backend(pid) END"  # noqa: S608
-                f" FROM ({_RUNNERS}) AS runners JOIN pg_stat_activity USING (pid)",
+                f" FROM ({_RUNNERS} UNION {_HIDDEN_BUILDS}) AS runners JOIN pg_stat_activity USING (pid)",
                 _RUNNERS_PARAMETERS,
             ).fetchall()
         return [int(str(row[0])) for row in rows]
+
+    def has_only_session(self) -> bool:
+        """Whether the server has no other session of our role, from where ours comes: behind a pooler, its pool."""
+        with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
+            self._connection.execute("SELECT pg_stat_clear_snapshot()")
+            return bool(postgres.scalar(
+                self._connection,
+                "SELECT count(*) = 1 FROM pg_stat_activity a JOIN pg_stat_activity ours"
+                " ON (a.datname, a.usename) = (ours.datname, ours.usename)"
+                " AND a.client_addr IS NOT DISTINCT FROM ours.client_addr"
+                " WHERE ours.pid = pg_backend_pid() AND a.backend_type = 'client backend'",
+            ))  # fmt: skip
 
     def _prepare(self) -> Proof:
         rows = self._connection.execute(
@@ -165,12 +184,13 @@ class BlockerWatch:
     Sees who keeps our runner waiting for a lock, for as long as the block lasts.
 
     On connections of its own, in a thread: the lock's has to be without a snapshot, and a small pool may have no
-    third one. `now`: the sessions in the way at the last look, in words; `last`: at the last look that saw any.
+    third one. `blocked`: seconds that it has waited for one lock at the last look; `last`: the sessions in the way at
+    the last look that saw any, in words.
     """
 
     def __init__(self, url: PostgresUrl) -> None:
         self._url, self._ended = url, Event()
-        self.now = self.last = ""
+        self.blocked, self.last = 0.0, ""
 
     def __enter__(self) -> Self:
         Thread(target=self._watch, name="blockers", daemon=True).start()
@@ -185,11 +205,20 @@ class BlockerWatch:
                 with postgres.connect(
                     self._url, "migration-watch", answer_timeout=postgres.ANSWER_TIMEOUT
                 ) as connection:
-                    self.now = _blockers(connection)
+                    self.blocked = _blocked(connection)
+                    self.last = _blockers(connection) or self.last
             except BootstrapError as error:
                 logger.debug("who blocks the migration is not to be seen: %s", error)
-                self.now = ""
-            self.last = self.now or self.last
+                self.blocked = 0.0
+
+
+def _blocked(connection: Connection) -> float:
+    row = connection.execute(
+        "SELECT coalesce(extract(epoch FROM max(clock_timestamp() - waitstart)), 0)"  # noqa: S608
+        f" FROM pg_locks JOIN ({_RUNNERS}) AS runners USING (pid) WHERE NOT granted",
+        _RUNNERS_PARAMETERS,
+    ).fetchone()
+    return float(str(row[0])) if row else 0.0
 
 
 def _blockers(connection: Connection) -> str:
@@ -258,6 +287,8 @@ def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, on_wait: Callab
         attempt += 1
         if attempt == 1:
             on_wait(f"ending {what}")
+        # The look has left us a snapshot, for whose end a concurrent build would wait as we do for the build's.
+        lock.keep_alive()
         deadline.pause(attempt, first=0.05, longest=TRY_PAUSE)
 
 
@@ -275,6 +306,8 @@ def _want_second_connection(url: PostgresUrl, lock: MigrationLock) -> None:
     try:
         looking.result()
     except UnavailableError as error:
-        if isinstance(error.__cause__, postgres.NoAnswer):
+        # A pooler without a free connection says nothing, or that its own patience has ended.
+        waited = isinstance(error.__cause__, postgres.NoAnswer) or "query_wait_timeout" in str(error)
+        if waited and lock.has_only_session():
             raise PoolTooSmallError(str(url), SECOND_CONNECTION_TIMEOUT) from error
         raise

@@ -8,9 +8,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree as trees
-from bifrost_bootstrap.alembic_run import Applied, Retry
-from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import BootstrapError, SettingsError, UnavailableError, VersionTableError
+from bifrost_bootstrap.alembic_run import Applied, Died, Retry
+from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
+from bifrost_bootstrap.errors import (
+    BootstrapError,
+    MigrateGivenUpError,
+    RefusedError,
+    SettingsError,
+    UnavailableError,
+    VersionTableError,
+)
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
@@ -20,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Pauses between two attempts, seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
+#: How often in a row the tree's process may end without a word: by a signal, for want of memory.
+MOST_DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     that works is not ended by it. Safe to be called at any time by any number of processes.
 
     Raises SchemaError before any DDL where the head cannot be reached, MigrationError where a revision failed,
-    BusyError, UnavailableError, and the configuration errors of the tree.
+    MigrateGivenUpError where the tree's process died each time, BusyError, UnavailableError, and the configuration
+    errors of the tree.
     """
     started = time.monotonic()
     tree = trees.load(settings)
@@ -52,7 +62,8 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     url = settings.migration_database
     before: SchemaState | None = None
     applied: list[Applied] = []
-    attempt = 0
+    refused: Deadline | None = None
+    attempt = deaths = 0
     while True:
         attempt += 1
         try:
@@ -73,10 +84,16 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
                     _look_at_result(settings, tree)
         except Retry as retry:
             error: BootstrapError = retry.error
+            deaths = deaths + 1 if isinstance(retry, Died) else 0
+            if deaths >= MOST_DEATHS:
+                raise MigrateGivenUpError(deaths, str(error)) from retry
         except UnavailableError as unavailable:
             error = unavailable
         else:
             continue
+        refused = (refused or Deadline(REFUSAL_PATIENCE)) if isinstance(error, RefusedError) else None
+        if refused and refused.passed:
+            raise error
         if not deadline.passed:
             logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)
             report(Progress("migrate", note=f"attempt {attempt + 1}: {error}"))

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from bifrost_bootstrap import chain, lock, postgres, readiness, redis_server
 from bifrost_bootstrap.chain import QueueState, SentChain
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
 from bifrost_bootstrap.decision import Observation, TaskState
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.readiness import Readiness
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
-from bifrost_bootstrap.waiting import LOOK_TIMEOUT, REFUSAL_PATIENCE
+from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 
 #: Seconds between two looks at database and broker; the task states are one round trip and read every time.
 TRUTH_PAUSE = 2.0

@@ -29,8 +29,8 @@ KEEPALIVES = {
     "tcp_user_timeout": 10_000,
 }
 #: Words by which servers and poolers refuse a login; libpq gives no SQLSTATE for it.
-_REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no such database", "no such user",
-             "no pg_hba.conf entry", "not permitted", "permission denied")  # fmt: skip
+REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no such database", "no such user",
+            "no pg_hba.conf entry", "not permitted", "permission denied")  # fmt: skip
 
 
 class NoAnswer(psycopg.OperationalError):
@@ -117,7 +117,7 @@ def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> Bootstrap
     if error.sqlstate is None and "certificate" in str(error):
         # libpq's advice is its last line, and says less.
         return CertificateError(str(url), next((masked(line) for line in lines if "certificate" in line), text))
-    if error.sqlstate is None and any(word in text for word in _REFUSALS):
+    if error.sqlstate is None and any(word in text for word in REFUSALS):
         return RefusedError(str(url), text)
     return UnavailableError(str(url), text)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from bifrost_bootstrap import cache_diff, redis_server, schema as schemas
 from bifrost_bootstrap.cache_diff import CacheDiff
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
 from bifrost_bootstrap.errors import CertificateError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.module_cache import Marker, ModuleCache
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
-from bifrost_bootstrap.waiting import LOOK_TIMEOUT, REFUSAL_PATIENCE
+from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 
 logger = logging.getLogger(__name__)
 

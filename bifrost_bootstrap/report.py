@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bifrost_bootstrap.errors import BootstrapError, ExitCode, masked
+from bifrost_bootstrap.errors import BootstrapError, ExitCode, SchemaError, masked
 
 #: Version of the JSON object of `--json`; fields may be added under one number, not changed.
 SCHEMA = 1
@@ -31,7 +31,8 @@ def verdict(command: str, code: ExitCode) -> str:
 
 def error_facts(error: BootstrapError) -> dict[str, Any]:
     """What `--json` and the termination message say of an error."""
-    return {"error": type(error).__name__, "message": masked(str(error)), "remedy": error.remedy}
+    facts = {"error": type(error).__name__, "message": masked(str(error)), "remedy": error.remedy}
+    return facts | ({"schema_verdict": error.verdict} if isinstance(error, SchemaError) else {})
 
 
 def write_termination_message(file: Path | None, command: str, code: ExitCode, facts: dict[str, Any]) -> None:

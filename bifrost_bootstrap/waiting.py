@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Event, Thread
 
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
 from bifrost_bootstrap.errors import CertificateError, RefusedError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -19,9 +19,6 @@ LOOK_PAUSE, SAY_AGAIN = 0.5, 10.0
 SILENCE = 1.0
 #: Seconds that a server gets for the answer to one look.
 LOOK_TIMEOUT = 5.0
-#: Seconds for which a refused login may still become right: the official images create user and database while
-#: they already answer.
-REFUSAL_PATIENCE = 30.0
 
 Look = Callable[[], object]
 

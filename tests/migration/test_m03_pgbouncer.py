@@ -6,7 +6,7 @@ import contextlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import psycopg
 import pytest
@@ -28,7 +28,14 @@ from tests.servers import Database, PgbouncerServer, Postgres, PostgresServer, R
 from tests.servers.process import wait_until
 
 StartServer = Callable[[PgbouncerServer], PgbouncerServer]
-StartPool = Callable[[int], PgbouncerServer]
+
+
+class StartPool(Protocol):
+    """Type of `start_pool`."""
+
+    def __call__(self, pool_size: int, **settings: str) -> PgbouncerServer: ...
+
+
 #: Below the pause between two statements that keep the lock's connection alive: only turning it off helps.
 ROLE_TIMEOUT = "500ms"
 #: Longer than any timer of these tests, by several times.
@@ -44,8 +51,8 @@ def start_pool(run_folder: RunFolder, postgres: Postgres, database: Database, st
         pytest.skip("PgBouncer stands before a server of our own")
     database.execute(f"ALTER DATABASE \"{database.name}\" SET idle_in_transaction_session_timeout = '{ROLE_TIMEOUT}'")
 
-    def start(pool_size: int) -> PgbouncerServer:
-        timers = {"idle_transaction_timeout": "2", "query_wait_timeout": "60"}
+    def start(pool_size: int, **settings: str) -> PgbouncerServer:
+        timers = {"idle_transaction_timeout": "2", "query_wait_timeout": "60", **settings}
         return start_server(PgbouncerServer(run_folder, postgres, pool_size=pool_size, settings=timers))
 
     return start
@@ -118,6 +125,51 @@ def test_m03_asyncpg_outside_a_transaction(
     assert left_behind(pool, database) == []
 
 
+#: What a revision may do outside a transaction, and look at afterwards.
+PREPARE = """
+    op.execute("CREATE TABLE many AS SELECT n, false AS done FROM generate_series(1, 25) AS n")
+    op.execute(
+        "CREATE PROCEDURE add() LANGUAGE plpgsql AS"
+        " $$ BEGIN INSERT INTO many VALUES (28, true); COMMIT; INSERT INTO many VALUES (29, true); END $$"
+    )
+"""
+BACKFILL = """
+    from sqlalchemy import text
+    bind = op.get_bind()
+    with op.get_context().autocommit_block():
+        batch = text("UPDATE many SET done = true WHERE n IN (SELECT n FROM many WHERE NOT done LIMIT 10)")
+        assert [bind.execute(batch).rowcount for _ in range(4)] == [10, 10, 5, 0]
+        assert bind.execute(text("SELECT count(*) FROM many WHERE done")).scalar() == 25
+        bind.execute(text("INSERT INTO many VALUES (:n, true)"), [{"n": 26}, {"n": 27}])
+        assert bind.execute(text("SELECT n FROM many WHERE n > :n ORDER BY n"), {"n": 25}).scalars().all() == [26, 27]
+        op.execute("VACUUM many")
+        op.execute("CALL add()")
+        assert bind.execute(text("SELECT n FROM many WHERE n > 27 ORDER BY n")).scalars().all() == [28, 29]
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["direct", "pooled"])
+def test_m03_results_outside_a_transaction(
+    database: Database,
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    start_pool: StartPool,
+    pooled: bool,
+    kind: Literal["plain", "asynchronous"],
+) -> None:
+    """A backfill in batches outside a transaction sees how many rows each has changed and what is in the table, with
+    parameters and without; so does what must have no transaction around it.
+    """
+    tree = Tree(tmp_path / kind, kind).revision("one", PREPARE).revision("two", BACKFILL)
+    pool = start_pool(20) if pooled else None
+    url = pool.url(database.name) if pool else database.url
+    done = outcome(start_migrate(BIFROST_DATABASE_URL=url, BIFROST_ALEMBIC_CONFIG=str(tree.config)))
+    assert (done.code, done.applied) == (0, ["one", "two"]), done.log
+    assert database.execute("SELECT count(*) FROM many WHERE done") == [(29,)]
+    assert pool is None or left_behind(pool, database) == []
+
+
 def migrate_at_once(start_migrate: StartMigrate, url: str, tree: Tree, replicas: int) -> list[Outcome]:
     """The step in so many processes; all succeed, and each revision is in the result of one of them."""
     steps = [start_migrate(BIFROST_DATABASE_URL=url, BIFROST_ALEMBIC_CONFIG=str(tree.config)) for _ in range(replicas)]
@@ -146,16 +198,35 @@ def test_m03_lock_of_a_killed_holder_is_released(
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
 
 
+@pytest.mark.parametrize("patience", ["60", "5"])
 def test_m03_pool_of_one_is_named(
-    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool, patience: str
 ) -> None:
-    """A pool of one connection ends in 78, long before the deadline, with what to change; nothing is migrated."""
+    """A pool of one connection ends in 78, long before the deadline, with what to change, whoever's patience ends
+    first, ours or the pooler's; nothing is migrated.
+    """
     tree.revision("one")
-    done = outcome(start_migrate(deadline=600, BIFROST_DATABASE_URL=start_pool(1).url(database.name)))
+    pool = start_pool(1, query_wait_timeout=patience)
+    done = outcome(start_migrate(deadline=600, BIFROST_DATABASE_URL=pool.url(database.name)))
     assert (done.code, done.facts["error"]) == (78, "PoolTooSmallError")
     assert "pool of one connection" in done.facts["message"]
     assert "BIFROST_MIGRATION_DATABASE_URL" in done.facts["remedy"]
     assert database.execute("SELECT to_regclass('alembic_version')::text") == [(None,)]
+
+
+@pytest.mark.timeout(120)
+def test_m03_busy_pool_is_no_pool_of_one(
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """A pool whose other connection somebody else has is waited for, and used when it is free."""
+    tree.revision("one")
+    pool = start_pool(2, idle_transaction_timeout="0")
+    with psycopg.connect(pool.url(database.name), prepare_threshold=None) as busy:
+        busy.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+        step = start_migrate(BIFROST_DATABASE_URL=pool.url(database.name))
+        step.wait_for("no answer within .*trying again")
+    done = outcome(step)
+    assert (done.code, done.applied) == (0, ["one"])
 
 
 def test_m03_migrations_past_the_pooler(

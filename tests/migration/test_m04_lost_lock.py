@@ -45,6 +45,26 @@ def test_m04_runner_without_lock_records_nothing(database: Database, tree: Tree,
 
 
 @pytest.mark.race
+def test_m04_nothing_outside_a_transaction(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """The lock is lost during a statement in an `autocommit_block`: the next one there does not run."""
+    more = "op.execute(\"INSERT INTO applied (revision) VALUES ('block')\")"
+    tree.revision("one").revision(
+        "two", f"with op.get_context().autocommit_block():\n        {barrier()}\n        {more}"
+    )
+    with Barrier(database) as stop:
+        step = start_migrate(env=PATIENT)
+        runner = stop.reached()
+        step.send_signal(signal.SIGSTOP)
+        lose_lock(database)
+        stop.release()
+        wait_until(lambda: not is_alive(database, runner), "the end of the runner's session")
+    assert (recorded(database), applied(database)) == (["one"], {"one": 1})
+    step.send_signal(signal.SIGCONT)
+    assert outcome(step).code == 0
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "block": 1, "two": 1})
+
+
+@pytest.mark.race
 @pytest.mark.parametrize("waits_in", ["transaction", "autocommit"])
 def test_m04_next_holder_does_not_start_beside(
     database: Database, tree: Tree, start_migrate: StartMigrate, waits_in: str

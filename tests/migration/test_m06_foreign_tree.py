@@ -9,12 +9,14 @@ import sys
 import venv
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import BOOTSTRAP, StartCommand, StartWorker
 from tests.migration.conftest import StartMigrate
-from tests.migration.steps import Tree, applied, outcome, recorded
+from tests.migration.steps import Barrier, Tree, applied, barrier, outcome, recorded
 from tests.servers import Database
+from tests.servers.process import wait_until
 
 #: The oldest that trees may bring, with the driver of the asynchronous ones.
 OLD_VERSIONS = ("alembic==1.13.3", "sqlalchemy[asyncio]==2.0.36", "asyncpg==0.31.0", "psycopg[binary]==3.3.2")
@@ -75,6 +77,27 @@ def test_m06_run_after_run_in_one_worker(
     worker.wait_for(r"revision three \(Revision three\) failed: not today")
     assert not [child for child in worker.descendants() if "alembic_child" in " ".join(child.cmdline())]
     assert json.loads(init.stdout)["migrate"]["applied"][0]["title"] == "Revision one"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["ends", "killed"])
+def test_m06_process_that_the_tree_leaves_behind(
+    database: Database, tree: Tree, start_migrate: StartMigrate, killed: bool
+) -> None:
+    """What env.py has started and never ends, with our pipes in its hands, does not keep the step, and ends with it."""
+    tree.revision("one").revision("two", barrier())
+    env, pid_file = tree.folder / "env.py", tree.folder / "pid"
+    start = "import pathlib, subprocess\nleft = subprocess.Popen(['sleep', '600'])\n"
+    env.write_text(f"{start}pathlib.Path({str(pid_file)!r}).write_text(str(left.pid))\n{env.read_text()}")
+    with Barrier(database) as stop:
+        step = start_migrate(BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
+        stop.reached()
+        left = psutil.Process(int(pid_file.read_text()))
+        if killed:
+            step.process.kill()
+        else:
+            stop.release()
+            assert outcome(step, 30).code == 0
+        wait_until(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, "the end of it", 10)
 
 
 def test_m06_interpreter_that_does_not_start(tree: Tree, start_migrate: StartMigrate, tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
 import pytest
 
 from tests.migration.conftest import StartMigrate
@@ -17,7 +22,7 @@ from tests.migration.steps import (
     recorded,
     wait_for_statement,
 )
-from tests.servers import Database
+from tests.servers import Database, PgbouncerServer, Postgres, PostgresServer, RunFolder
 from tests.servers.process import wait_until
 
 
@@ -43,6 +48,65 @@ def test_m07_killed_in_a_transaction(database: Database, tree: Tree, start_migra
             assert outcome(step).code == 0
         assert outcome(start_migrate()).code == 0
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["direct", "pooled"])
+def test_m07_killed_outside_a_transaction(
+    run_folder: RunFolder,
+    start_server: Callable[[PgbouncerServer], PgbouncerServer],
+    database: Database,
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    pooled: bool,
+    kind: Literal["plain", "asynchronous"],
+) -> None:
+    """SIGKILL of the holder while a statement runs that no transaction of ours is around: its runner has it cancelled,
+    behind a pooler too, before anybody else comes.
+    """
+    block = f"with op.get_context().autocommit_block():\n        {barrier()}"
+    tree = Tree(tmp_path / kind, kind).revision("one").revision("two", block)
+    url = database.url
+    if pooled:
+        if not isinstance(database.server, PostgresServer):
+            pytest.skip("PgBouncer stands before a server of our own")
+        url = start_server(PgbouncerServer(run_folder, database.server)).url(database.name)
+    env = {"BIFROST_DATABASE_URL": url, "BIFROST_ALEMBIC_CONFIG": str(tree.config)}
+    with Barrier(database) as stop:
+        step = start_migrate(env=env)
+        stop.reached()
+        step.process.kill()
+        wait_until(lambda: not stop.waiting(), "the end of the statement", 20)
+        assert recorded(database) == ["one"]
+    assert outcome(start_migrate(env=env)).code == 0
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+def test_m07_build_that_another_role_has_left(
+    postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """A holder whose role may not see whose statement a concurrent build is waits for its end, and begins after it."""
+    other = f"other_{database.name}"
+    with postgres.admin(database.name) as admin:
+        admin.execute(f"CREATE ROLE {other} LOGIN PASSWORD '{postgres.app_password}'".encode())
+        admin.execute(f"GRANT ALL ON SCHEMA public TO {other}".encode())
+    tree.revision("one")
+    database.execute("CREATE TABLE large (n int)")
+    with database.connect() as builder, database.connect() as writer:
+        writer.execute("BEGIN; INSERT INTO large VALUES (1)")
+        build = threading.Thread(target=builder.execute, args=(b"CREATE INDEX CONCURRENTLY ix_large ON large (n)",))
+        build.start()
+        wait_for_statement(database, "CREATE INDEX CONCURRENTLY ix_large")
+        step = start_migrate(BIFROST_DATABASE_URL=postgres.url(database.name, user=other))
+        step.wait_for(rf"what an earlier runner has left in the server \(pid {builder.info.backend_pid}\)")
+        writer.execute("ROLLBACK")
+        build.join()
+        done = outcome(step)
+    with postgres.admin(database.name) as admin:
+        admin.execute(f"DROP OWNED BY {other}".encode())
+        admin.execute(f"DROP ROLE {other}".encode())
+    assert (done.code, done.applied) == (0, ["one"])
 
 
 @pytest.mark.race

@@ -14,6 +14,17 @@ from tests.migration.steps import Barrier, Tree, applied, barrier, lock_sessions
 from tests.servers import Database, Postgres, PostgresServer, Proxy, RunFolder
 from tests.servers.process import wait_until
 
+#: A revision that waits for the test in its own code.
+BETWEEN_TWO_STATEMENTS = """
+    import pathlib, time
+    here = pathlib.Path(__file__)
+    with op.get_context().autocommit_block():
+        here.with_suffix(".here").touch()
+        while not here.with_suffix(".go").exists():
+            time.sleep(0.05)
+        op.execute("SELECT 1")
+"""
+
 
 @pytest.fixture
 def host(postgres: Postgres) -> Iterator[Proxy]:
@@ -28,17 +39,22 @@ def host(postgres: Postgres) -> Iterator[Proxy]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("within_an_answer", [False, True])
 def test_m07_holder_vanishes_without_a_word(
-    database: Database, tree: Tree, start_migrate: StartMigrate, host: Proxy
+    database: Database, tree: Tree, start_migrate: StartMigrate, host: Proxy, within_an_answer: bool
 ) -> None:
-    """The host of a holder is gone between two packets: the server notices within the 60 seconds that the next run
-    has, which then ends what the dead runner has left, and completes.
+    """The host of a holder is gone between two packets, or before it has acknowledged an answer: the server notices
+    within the 60 seconds that the next run has, which then ends what the dead runner has left, and completes.
     """
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
         url = host.through(database.url)
         step = start_migrate(BIFROST_DATABASE_URL=url, BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
         dead = stop.reached()
+        if within_an_answer:
+            host.deafen()
+            before = last_statement(database)
+            wait_until(lambda: last_statement(database) != before, "one more statement on the lock's connection")
         host.strand()
         step.kill()
         assert len(lock_sessions(database)) == 1
@@ -50,6 +66,40 @@ def test_m07_holder_vanishes_without_a_word(
         done = outcome(next_step)
     assert (done.code, done.applied) == (0, ["two"])
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+def last_statement(database: Database) -> object:
+    """When the lock's session has begun its last statement."""
+    (session,) = lock_sessions(database)
+    return database.execute("SELECT query_start FROM pg_stat_activity WHERE pid = %s", (session,))
+
+
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+def test_m04_connection_breaks_between_two_statements(
+    postgres: Postgres,
+    database: Database,
+    tmp_path: Path,
+    start_migrate: StartMigrate,
+    kind: Literal["plain", "asynchronous"],
+) -> None:
+    """The runner's connection alone breaks while no statement is under way: what notices is our own proof of the lock,
+    and the revision is tried again.
+    """
+    if not isinstance(postgres, PostgresServer):
+        pytest.skip("the proxy stands before a server of our own")
+    tree = Tree(tmp_path / kind, kind).revision("one").revision("two", BETWEEN_TWO_STATEMENTS)
+    for file in tree.folder.glob("*.py"):
+        file.write_text(file.read_text().replace('os.environ["DATABASE_URL"]', 'os.environ["OWN_URL"]'))
+    with Proxy(postgres.port) as proxy:
+        step = start_migrate(OWN_URL=proxy.through(database.url), BIFROST_ALEMBIC_CONFIG=str(tree.config))
+        wait_until((tree.versions / "two.here").exists, "the revision between its statements")
+        proxy.refuse()
+        proxy.heal()
+        (tree.versions / "two.go").touch()
+        done = outcome(step)
+    assert (done.code, sorted(done.applied)) == (0, ["one", "two"]), done.facts
+    assert "trying again" in done.log
+    assert applied(database) == {"one": 1, "two": 1}
 
 
 @pytest.mark.faults

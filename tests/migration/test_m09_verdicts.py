@@ -37,34 +37,47 @@ def circle(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "at", "error", "words", "todo"),
+    ("make", "at", "verdict", "words", "todo"),
     [
-        (one_two, "later", "SchemaError", "the database is at later, which this image does not have", "ALLOW_AHEAD=1"),
-        (forked, "", "SchemaError", "the tree has the heads three, two and not each", "alembic merge"),
-        (lambda tree: None, "", "SchemaError", "the tree has no revision", "BIFROST_ALEMBIC_CONFIG"),
-        (circle, "", "MigrationError", "cannot be read: Cycle is detected", "mend the revision"),
+        (
+            one_two,
+            "later",
+            "unknown_revision",
+            "the database is at later, which this image does not have",
+            "ALLOW_AHEAD=1",
+        ),
+        (forked, "", "several_heads", "the tree has the heads three, two and not each", "alembic merge"),
+        (lambda tree: None, "", "empty_tree", "the tree has no revision", "BIFROST_ALEMBIC_CONFIG"),
+        (circle, "", None, "cannot be read: Cycle is detected", "mend the revision"),
     ],
     ids=["unknown revision", "several heads", "empty tree", "circle"],
 )
-def test_m09_refused_before_any_ddl(
+def test_m09_refused_before_any_ddl(  # noqa: PLR0917  (fixtures)
     database: Database,
     tree: Tree,
     start_migrate: StartMigrate,
+    bifrost_env: dict[str, str],
+    run_bootstrap: RunBootstrap,
     make: Callable[[Tree], None],
     at: str,
-    error: str,
+    verdict: str | None,
     words: str,
     todo: str,
 ) -> None:
-    """What no migration can mend ends in 1 with its own words and what to do, and nothing in the database changes."""
+    """What no migration can mend ends in 1 with its own words and what to do, in the verdict of `init --json` too, and
+    nothing in the database changes.
+    """
     make(tree)
     if at:
         record(database, at)
     before = objects(database)
     done = outcome(start_migrate())
-    assert (done.code, done.facts["error"]) == (1, error)
-    assert words in done.facts["message"]
-    assert todo in done.facts["remedy"]
+    init = run_bootstrap("init", "--json", env=bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree.config)})
+    for code, facts in ((done.code, done.facts), (init.returncode, json.loads(init.stdout))):
+        assert (code, facts["error"]) == (1, "SchemaError" if verdict else "MigrationError")
+        assert words in facts["message"]
+        assert todo in facts["remedy"]
+    assert json.loads(init.stdout).get("schema_verdict") == verdict
     assert objects(database) == before
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from functools import partial
 
 from tests.migration.conftest import StartMigrate
-from tests.migration.steps import Tree, applied, concurrent_index, index_states, outcome, recorded, wait_for_statement
+from tests.migration.steps import (
+    Barrier,
+    Tree,
+    applied,
+    barrier,
+    concurrent_index,
+    index_states,
+    outcome,
+    recorded,
+    wait_for_statement,
+)
 from tests.servers import Database
 from tests.servers.process import wait_until
 
@@ -87,6 +99,27 @@ def test_m11_deadline_ends_a_build_that_waits(database: Database, tree: Tree, st
         writer.execute("ROLLBACK")
     assert outcome(start_migrate()).code == 0
     assert index_states(database) == {"ix_two": True}
+
+
+def test_m11_deadline_spares_what_works(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A revision past the deadline that waits for locks again and again, and gets each of them soon, goes on."""
+    stops = range(1, 5)
+    prepare(database, tree, start_migrate, "\n    ".join(barrier(number) for number in stops))
+    with contextlib.ExitStack() as barriers:
+        stop = {number: barriers.enter_context(Barrier(database, number)) for number in stops}
+        step = start_migrate(deadline=0.5, BIFROST_MIGRATION_LOCK_TIMEOUT="5s")
+        for number in stops:
+            runner = stop[number].reached()
+            # Longer than the pause between two looks at who is in the way.
+            wait_until(partial(waits_longer_than, database, runner, 2.0), "a wait for a lock")
+            stop[number].release()
+        done = outcome(step)
+    assert (done.code, done.applied, applied(database)) == (0, ["two"], {"one": 1, "two": 1}), done.log
+
+
+def waits_longer_than(database: Database, pid: int, seconds: float) -> bool:
+    """Whether the statement of this server process began so long ago."""
+    return waited_for(database, pid) > seconds
 
 
 def waited_for(database: Database, pid: int) -> float:

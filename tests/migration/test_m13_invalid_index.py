@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import psycopg
 import pytest
@@ -12,7 +13,7 @@ from tests.migration.steps import Tree, applied, concurrent_index, index_states,
 from tests.servers import Database
 
 
-def leave_invalid(database: Database, statement: str) -> None:
+def leave_invalid(database: Database, statement: str, before_cancel: Callable[[], object] = lambda: None) -> None:
     """Run the statement until it waits for a writer, and end it there."""
     # The writer last: should the test fail, it goes first, and lets the builder end.
     with database.connect() as builder, database.connect() as writer:
@@ -25,6 +26,7 @@ def leave_invalid(database: Database, statement: str) -> None:
         thread = threading.Thread(target=build)
         thread.start()
         pid = wait_for_statement(database, statement)
+        before_cancel()
         database.execute("SELECT pg_cancel_backend(%s)", (pid,))
         thread.join()
         writer.execute("ROLLBACK")
@@ -45,6 +47,46 @@ def test_m13_revision_heals_its_own_index(
     assert "dropped the INVALID index ix_two" in done.log
     assert index_states(database) == {"ix_two": True}
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+@pytest.mark.parametrize("name", ['"a""b"', "ix$1"])
+def test_m13_names(database: Database, tree: Tree, start_migrate: StartMigrate, name: str) -> None:
+    """Whatever name the index has, and comments in between."""
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    leave_invalid(database, f"CREATE INDEX CONCURRENTLY {name} ON applied (revision)")
+    statement = f"CREATE INDEX /* big */ CONCURRENTLY {name} -- one\\n /* two */ON only public.applied (revision)"
+    tree.revision("two", f"with op.get_context().autocommit_block():\n        op.execute('{statement}')")
+    done = outcome(start_migrate())
+    assert (done.code, done.applied) == (0, ["two"])
+    assert "dropped the INVALID index" in done.log
+    assert list(index_states(database).values()) == [True]
+
+
+def test_m13_if_not_exists_behind_a_build_that_fails(
+    database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """IF NOT EXISTS waits for another session's build of that name, which is then cancelled: it finds the name taken,
+    and the INVALID index is not recorded as built.
+    """
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    tree.revision("two", concurrent_index("ix_theirs", if_not_exists=True))
+    statement = "CREATE INDEX CONCURRENTLY ix_theirs ON applied (revision)"
+    steps = []
+    with database.connect() as writer:
+        writer.execute("BEGIN; INSERT INTO applied (revision) VALUES ('open')")
+
+        def queue_behind() -> None:
+            steps.append(start_migrate())
+            wait_for_statement(database, "autocommit */ CREATE INDEX")
+
+        leave_invalid(database, statement, before_cancel=queue_behind)
+        writer.execute("ROLLBACK")
+        done = outcome(steps[0])
+    assert (done.code, done.applied) == (0, ["two"])
+    assert "dropped the INVALID index ix_theirs" in done.log
+    assert index_states(database) == {"ix_theirs": True}
 
 
 def test_m13_others_are_reported(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:

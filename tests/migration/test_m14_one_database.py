@@ -109,6 +109,26 @@ def test_m14_another_version_table_is_named(
     assert applied(database) == {"one": 1}
 
 
+def test_m14_version_table_of_the_same_name(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A tree that names the schema in which we find the table anyway is the same tree, on an empty database and on one
+    that has the table; one that names another schema is not.
+    """
+    tree.revision("one")
+    database.execute("CREATE SCHEMA app")
+    env, plain = tree.folder / "env.py", (tree.folder / "env.py").read_text()
+    for revision in ("two", "three"):
+        env.write_text(plain.replace("configure(", "configure(version_table_schema='public', "))
+        done = outcome(start_migrate())
+        assert (done.code, done.facts.get("verdict")) == (0, "at_head"), done.facts
+        assert outcome(start_migrate()).applied == []
+        tree.revision(revision)
+    env.write_text(plain.replace("configure(", "configure(version_table_schema='app', "))
+    done = outcome(start_migrate())
+    assert (done.code, done.facts["error"]) == (78, "VersionTableError")
+    assert done.facts["remedy"] == "set BIFROST_ALEMBIC_VERSION_TABLE=app.alembic_version"
+    assert applied(database) == {"one": 1, "two": 1}
+
+
 def test_m14_version_recorded_where_we_do_not_look(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
     """A tree that records its version in another schema, by its search path, is not taken for migrated: 78, with the
     table that it wrote.

@@ -8,7 +8,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -92,9 +92,13 @@ class Proxy:
             lost = list(self._links)
             self._stranded.update(lost)
         if sys.platform == "linux":
-            for end in [end for link in lost for end in (link.client, link.server) if end and end.fileno() >= 0]:
-                end.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, DROP_ALL)
+            _drop_all(end for link in lost for end in (link.client, link.server))
         self.heal()
+
+    def deafen(self) -> None:
+        """Take what clients send, and lose what the server answers, without an acknowledgement. Linux only."""
+        with self._state:
+            _drop_all(link.server for link in self._links)
 
     def refuse(self) -> None:
         """Close all connections and the listener: whoever connects is refused, as by a server that is down."""
@@ -219,3 +223,10 @@ def _shut_down(ends: Sequence[socket.socket | None]) -> None:
                 end.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # closed already
+
+
+def _drop_all(ends: Iterable[socket.socket | None]) -> None:
+    """Have the kernel drop whatever arrives at these."""
+    for end in ends:
+        if end and end.fileno() >= 0:
+            end.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, DROP_ALL)

@@ -240,9 +240,9 @@ def test_w03_right_too_few(
     deployment = deploy(server.url())
     before = change(deployment)
     deployment.client.acl_setuser(
-        "warm", enabled=True, passwords=["+secret"], keys=["*"], categories=["+@all"], commands=[f"-{command}"]
+        "warm", enabled=True, passwords=["+Tortoise7"], keys=["*"], categories=["+@all"], commands=[f"-{command}"]
     )
-    user = deploy(f"redis://warm:secret@{server.host}:{server.port}", deployment.database)
+    user = deploy(f"redis://warm:Tortoise7@{server.host}:{server.port}", deployment.database)
     with pytest.raises(BootstrapError, match=command):
         user.warm()
     assert_untouched(deployment, before)
