@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import selectors
-import signal
-import subprocess
-from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
-from bifrost_bootstrap import lock, schema, settings as environment, tree as trees
+from bifrost_bootstrap import lock, schema
+from bifrost_bootstrap.blockers import BlockerWatch
+from bifrost_bootstrap.child import Child
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import (
     BootstrapError,
@@ -26,7 +21,7 @@ from bifrost_bootstrap.errors import (
     WrongDatabaseError,
     masked,
 )
-from bifrost_bootstrap.lock import BlockerWatch, MigrationLock
+from bifrost_bootstrap.lock import MigrationLock
 from bifrost_bootstrap.postgres import REFUSALS
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
@@ -40,10 +35,6 @@ _REFUSED = ("28", "3D000")
 #: SQLSTATEs after which the same revision may succeed: deadlock, serialization, a statement that asyncpg prepared on
 #: another connection of a pooler (26000), and the classes of connection errors, shutdown and lack of resources.
 _TRANSIENT = ("40P01", "40001", "26000", "08", "57P", "53")
-#: Lines of the tree's own output that are kept for a report.
-KEPT_OUTPUT = 20
-#: Seconds for the last words of a child that has ended, or said how it ends: what it started may keep its pipes open.
-LAST_WORDS = 1.0
 #: Seconds that one wait for a lock must have lasted, at least, before the deadline ends it: work has short ones too.
 SHORTEST_BLOCK = 5.0
 
@@ -96,33 +87,22 @@ def upgrade(
     }
     url = settings.migration_database
     # The tree reads its URL from the environment; an argument would show in the process list.
-    child_environment = environment.child_environment(BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
-    try:
-        child = subprocess.Popen(  # noqa: S603  (the operator's own interpreter)
-            [tree.python, str(trees.CHILD)],
-            cwd=tree.config.parent, env=child_environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True,
-        )  # fmt: skip
-    except OSError as error:
-        raise trees.does_not_start(tree.python, error) from error
-    assert child.stdin
+    child = Child(tree, request, BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
     watch = BlockerWatch(url)
-    run = _Run(settings, tree, watch, report)
+    run = _Run(settings, tree, watch, report, child.output)
+    longest_block = max(settings.migration_lock_timeout, SHORTEST_BLOCK)
     try:
-        # What has ended before it read this says why on stderr.
-        with suppress(BrokenPipeError):
-            child.stdin.write(json.dumps(request).encode() + b"\n")
-        with watch:
-            longest_block = max(settings.migration_lock_timeout, SHORTEST_BLOCK)
-            for event in _events(child, held, watch, deadline, longest_block, run.output):
-                run.on_event(event)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(LAST_WORDS)
+        with child, watch:
+            for event in child.events(lock.KEEP_ALIVE):
+                if event:
+                    run.on_event(event)
+                    continue
+                held.keep_alive()
+                if deadline.passed and watch.blocked > longest_block:
+                    held.end_runners()
+                    raise Retry(_busy(run.revision, watch))
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        with child:
-            applied += run.committed()
+        applied += run.committed()
     if not run.ended:
         # What fails after the lock is lost, or in a server that has restarted since, is tried again.
         held.keep_alive()
@@ -133,17 +113,20 @@ def upgrade(
 class _Run:
     """What one child told us so far."""
 
-    def __init__(self, settings: Settings, tree: Tree, watch: BlockerWatch, report: Report) -> None:
-        self.settings, self.tree, self.watch, self.report = settings, tree, watch, report
-        self.output: deque[str] = deque(maxlen=KEPT_OUTPUT)
+    def __init__(
+        self, settings: Settings, tree: Tree, watch: BlockerWatch, report: Report, output: Sequence[str]
+    ) -> None:
+        self.settings, self.tree, self.watch, self.report, self.output = settings, tree, watch, report, output
         self.applied: list[Applied] = []
         #: Applied, and perhaps still to be committed.
         self.last: Applied | None = None
         self.failure: dict[str, Any] | None = None
+        self.revision = ""
         self.total = 0
         self.ended = False
 
     def on_event(self, event: dict[str, Any]) -> None:
+        self.revision = event.get("revision", self.revision)
         match event["event"]:
             case "plan":
                 self.total = len(event["revisions"])
@@ -184,7 +167,7 @@ class _Run:
             return []
         return [one for one in applied if one.revision in self.tree.upto(state.database_heads)]
 
-    def error(self, returncode: int, applied: list[Applied]) -> Exception | None:
+    def error(self, returncode: int | None, applied: list[Applied]) -> Exception | None:
         """What the run ended in; None where it succeeded."""
         if self.ended:
             return None
@@ -223,63 +206,3 @@ class _Run:
 
 def _busy(revision: str, watch: BlockerWatch) -> BusyError:
     return BusyError(f"a table lock for revision {revision}", watch.last or "a session that was not seen")
-
-
-def _events(
-    child: subprocess.Popen[bytes],
-    held: MigrationLock,
-    watch: BlockerWatch,
-    deadline: Deadline,
-    longest_block: float,
-    output: deque[str],
-) -> Iterator[dict[str, Any]]:
-    """
-    The child's events until it ends, keeping the lock alive in between; its output goes to the log.
-
-    What the child has started may live on and keep the pipes open.
-    """
-    assert child.stdout and child.stderr
-    revision = ""
-    ended: Deadline | None = None
-    with selectors.DefaultSelector() as selector:
-        for stream in (child.stdout, child.stderr):
-            selector.register(stream, selectors.EVENT_READ, _Lines(stream))
-        kept = Deadline(lock.KEEP_ALIVE)
-        while selector.get_map() and not (ended and ended.passed):
-            for key, _ in selector.select(ended.remaining if ended else kept.remaining):
-                lines = key.data.read()
-                if lines is None:
-                    selector.unregister(key.fileobj)
-                for line in lines or ():
-                    if key.fileobj is child.stdout:
-                        event = json.loads(line)
-                        revision = event.get("revision", revision)
-                        if event["event"] in ("done", "error"):
-                            ended = Deadline(LAST_WORDS)
-                        yield event
-                    else:
-                        output.append(line)
-                        logger.debug("tree: %s", line)
-            if kept.passed and not ended:
-                held.keep_alive()
-                if child.poll() is not None:
-                    ended = Deadline(LAST_WORDS)
-                if deadline.passed and watch.blocked > longest_block:
-                    held.end_runners()
-                    raise Retry(_busy(revision, watch))
-                kept = Deadline(lock.KEEP_ALIVE)
-
-
-class _Lines:
-    """Whole lines of a pipe that is read as data comes."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._rest = stream, b""
-
-    def read(self) -> list[str] | None:
-        """The lines that are complete now; None at the end of the stream."""
-        data = os.read(self._stream.fileno(), 65536)
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]

@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event, Thread
-from typing import Self
 
 import psycopg
 
 from bifrost_bootstrap import postgres
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import BootstrapError, BusyError, PoolTooSmallError, UnavailableError
+from bifrost_bootstrap.errors import BusyError, PoolTooSmallError, UnavailableError
 from bifrost_bootstrap.postgres import Connection
 from bifrost_bootstrap.urls import PostgresUrl
 
@@ -69,11 +67,11 @@ _HOLDERS = """
 #: Begins every statement of a runner outside a transaction (`alembic_child.py`).
 TAG = "/* bifrost-bootstrap autocommit */"
 #: The sessions in which a runner is at work. Parameters: class, key, pattern of the comment.
-_RUNNERS = f"""
+RUNNERS = f"""
     {_HOLDERS} UNION SELECT pid FROM pg_stat_activity
     WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid() AND query LIKE %s
 """  # noqa: S608  (our own words, here and below)
-_RUNNERS_PARAMETERS = (LOCK_CLASS, RUNNER, TAG + "%")
+RUNNERS_PARAMETERS = (LOCK_CLASS, RUNNER, TAG + "%")
 #: Concurrent builds whose statement another role may not see: one of them may be what a runner has left.
 _HIDDEN_BUILDS = """
     SELECT pid FROM pg_stat_progress_create_index JOIN pg_stat_activity a USING (pid)
@@ -132,8 +130,8 @@ class MigrationLock:
             self._connection.execute("SELECT pg_stat_clear_snapshot()")
             rows = self._connection.execute(
                 "SELECT pid, CASE usename WHEN current_user THEN pg_terminate_backend(pid) END"  # noqa: S608
-                f" FROM ({_RUNNERS} UNION {_HIDDEN_BUILDS}) AS runners JOIN pg_stat_activity USING (pid)",
-                _RUNNERS_PARAMETERS,
+                f" FROM ({RUNNERS} UNION {_HIDDEN_BUILDS}) AS runners JOIN pg_stat_activity USING (pid)",
+                RUNNERS_PARAMETERS,
             ).fetchall()
         return [int(str(row[0])) for row in rows]
 
@@ -177,62 +175,6 @@ def holder(connection: Connection) -> Holder | None:
         (LOCK_CLASS, MIGRATION),
     ).fetchone()
     return Holder(int(str(row[0])), str(row[1]), str(row[2]), str(row[3])) if row else None
-
-
-class BlockerWatch:
-    """
-    Sees who keeps our runner waiting for a lock, for as long as the block lasts.
-
-    On connections of its own, in a thread: the lock's has to be without a snapshot, and a small pool may have no
-    third one. `blocked`: seconds that it has waited for one lock at the last look; `last`: the sessions in the way at
-    the last look that saw any, in words.
-    """
-
-    def __init__(self, url: PostgresUrl) -> None:
-        self._url, self._ended = url, Event()
-        self.blocked, self.last = 0.0, ""
-
-    def __enter__(self) -> Self:
-        Thread(target=self._watch, name="blockers", daemon=True).start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._ended.set()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(KEEP_ALIVE):
-            try:
-                with postgres.connect(
-                    self._url, "migration-watch", answer_timeout=postgres.ANSWER_TIMEOUT
-                ) as connection:
-                    self.blocked = _blocked(connection)
-                    self.last = _blockers(connection) or self.last
-            except BootstrapError as error:
-                logger.debug("who blocks the migration is not to be seen: %s", error)
-                self.blocked = 0.0
-
-
-def _blocked(connection: Connection) -> float:
-    row = connection.execute(
-        "SELECT coalesce(extract(epoch FROM max(clock_timestamp() - waitstart)), 0)"  # noqa: S608
-        f" FROM pg_locks JOIN ({_RUNNERS}) AS runners USING (pid) WHERE NOT granted",
-        _RUNNERS_PARAMETERS,
-    ).fetchone()
-    return float(str(row[0])) if row else 0.0
-
-
-def _blockers(connection: Connection) -> str:
-    rows = connection.execute(
-        "SELECT pid, coalesce(b.usename, '?'), coalesce(b.application_name, ''), coalesce(b.state, 'hidden'),"  # noqa: S608
-        " coalesce(round(extract(epoch FROM now() - b.xact_start))::text, '?')"
-        f" FROM (SELECT DISTINCT unnest(pg_blocking_pids(pid)) AS pid FROM ({_RUNNERS}) AS runners) AS blocking"
-        " LEFT JOIN pg_stat_activity b USING (pid)",
-        _RUNNERS_PARAMETERS,
-    )
-    return "; ".join(
-        f"pid {pid} (user {user}, application {application!r}, {state} since {seconds}s)"
-        for pid, user, application, state, seconds in rows
-    )
 
 
 @contextmanager

@@ -1,0 +1,114 @@
+"""The process in which a tree runs its own Alembic: given one request, heard line by line, gone at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import IO, Any, Self
+
+from bifrost_bootstrap import settings as environment, tree as trees
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+#: Lines of the tree's own output that are kept for a report.
+KEPT_OUTPUT = 20
+#: Seconds for the last words of a child that has ended, or said how it ends: what it started may keep its pipes open.
+LAST_WORDS = 1.0
+
+
+class Child:
+    """
+    `alembic_child.py` under the tree's interpreter, until the block ends; then nothing is left of its process group.
+
+    request: what it is to do. variables: for its environment. output: the last lines that the tree printed.
+
+    Raises SettingsError where the interpreter does not start.
+    """
+
+    def __init__(self, tree: Tree, request: Mapping[str, Any], **variables: str) -> None:
+        self.output: deque[str] = deque(maxlen=KEPT_OUTPUT)
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  (the operator's own interpreter)
+                [tree.python, str(trees.CHILD)],
+                cwd=tree.config.parent, env=environment.child_environment(**variables), bufsize=0,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise trees.does_not_start(tree.python, error) from error
+        assert self._process.stdin
+        # What has ended before it read this says why on stderr.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with self._process:
+            pass
+
+    @property
+    def returncode(self) -> int | None:
+        """Negative: the signal that ended it. None: it runs."""
+        return self._process.poll()
+
+    def events(self, every: float) -> Iterator[dict[str, Any]]:
+        """
+        What it says until it ends, and an empty event every so many seconds; what the tree prints goes to the log.
+
+        What it has started may live on and keep the pipes open.
+        """
+        stdout, stderr = self._process.stdout, self._process.stderr
+        assert stdout and stderr
+        ended: Deadline | None = None
+        with selectors.DefaultSelector() as selector:
+            for stream in (stdout, stderr):
+                selector.register(stream, selectors.EVENT_READ, _Lines(stream))
+            due = Deadline(every)
+            while selector.get_map() and not (ended and ended.passed):
+                for key, _ in selector.select(ended.remaining if ended else due.remaining):
+                    lines = key.data.read()
+                    if lines is None:
+                        selector.unregister(key.fileobj)
+                    for line in lines or ():
+                        if key.fileobj is stderr:
+                            self.output.append(line)
+                            logger.debug("tree: %s", line)
+                            continue
+                        event = json.loads(line)
+                        if event["event"] in ("done", "error"):
+                            ended = Deadline(LAST_WORDS)
+                        yield event
+                if due.passed and not ended:
+                    yield {}
+                    if self.returncode is not None:
+                        ended = Deadline(LAST_WORDS)
+                    due = Deadline(every)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_WORDS)
+
+
+class _Lines:
+    """Whole lines of a pipe that is read as data comes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._rest = stream, b""
+
+    def read(self) -> list[str] | None:
+        """The lines that are complete now; None at the end of the stream."""
+        data = os.read(self._stream.fileno(), 65536)
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
