@@ -52,15 +52,16 @@ class Observation:
     """
     What init knows now.
 
-    ready: schema and cache were read and may be started upon. refusal: why waiting cannot help. away: the servers
-    that could not be asked, in words; what is known of the rest is old then. sent: whether a chain of ours was
-    enqueued. silent: seconds since its last sign. age: seconds since it was enqueued. taken: a worker held the step
-    that is at work, begun: it had begun with it. losses: runs that were lost with their worker. holder: of the
-    migration lock, "" where free. queued, consumers: messages and workers of the queue, None where the broker did
-    not tell.
+    ready: schema and cache were read and may be started upon. behind: the schema was read and is not at head.
+    refusal: why waiting cannot help. away: the servers that could not be asked, in words; what is known of the rest
+    is old then. sent: whether a chain of ours was enqueued. silent: seconds since its last sign. age: seconds since
+    it was enqueued. taken: a worker held the step that is at work, begun: it had begun with it. losses: runs that
+    were lost with their worker. holder: of the migration lock, "" where free. queued, consumers: messages and workers
+    of the queue, None where the broker did not tell.
     """
 
     ready: bool = False
+    behind: bool = False
     refusal: BootstrapError | None = None
     away: str = ""
     sent: bool = False
@@ -165,6 +166,7 @@ def _where(seen: Observation) -> str:
 def _again(seen: Observation, reason: str) -> Decision:
     attempts = seen.losses + 1
     if attempts >= MOST_ATTEMPTS:
-        given_up = WarmGivenUpError if seen.migrate.status == "SUCCESS" else MigrateGivenUpError
+        migrated = seen.migrate.status == "SUCCESS" and not (seen.behind and seen.warm.status == "SUCCESS")
+        given_up = WarmGivenUpError if migrated else MigrateGivenUpError
         return Fail(given_up(attempts, reason))
     return Enqueue(f"{reason}; enqueueing again (attempt {attempts + 1} of {MOST_ATTEMPTS})", lost=True)

@@ -100,7 +100,7 @@ class Observer:
         # Before anything of ours has run, what a warm could put on the TTL policy is something to do.
         ready = self.truth and (self.truth.ready if self._sent else self.truth.nothing_to_do)
         return Observation(
-            ready=bool(ready), refusal=self._refusal(), away=self.missing if hindered else "",
+            ready=bool(ready), behind=bool(self.truth and not self.truth.schema.ready), refusal=self._refusal(), away=self.missing if hindered else "",
             sent=self._sent is not None, migrate=migrate, warm=warm,
             silent=self._last_sign.elapsed, age=self._sent_at.elapsed, taken=self._taken, begun=self._begun,
             losses=losses, holder=self._holder, queued=self._queue_state.messages,

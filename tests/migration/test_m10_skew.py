@@ -80,5 +80,5 @@ def test_m10_old_head_is_no_success(
     old_worker.wait_for(r"ready\.")
     done = start_command([*BOOTSTRAP, "init", "--json", "--timeout", "60s"], env=new).wait(100)
     assert "revision one applied" in old_worker.stderr.read_text()
-    assert (done.returncode, json.loads(done.stdout)["error"]) == (2, "WarmGivenUpError"), done.stderr
+    assert (done.returncode, json.loads(done.stdout)["error"]) == (1, "MigrateGivenUpError"), done.stderr
     assert recorded(database) == ["one"]

@@ -163,6 +163,7 @@ def test_decision(seen: Observation, decision: Decision) -> None:
         (seen(SILENT, begun=True), MigrateGivenUpError, "its worker was lost"),
         (seen(SILENT, begun=True, migrate=DONE), WarmGivenUpError, "its worker was lost"),
         (seen(SENT, migrate=DONE, warm=DONE), WarmGivenUpError, "both tasks succeeded"),
+        (seen(SENT, migrate=DONE, warm=DONE, behind=True), MigrateGivenUpError, "both tasks succeeded"),
     ],
 )
 def test_given_up(seen: Observation, error: type[BootstrapError], reason: str) -> None:
