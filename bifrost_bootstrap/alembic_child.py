@@ -50,7 +50,7 @@ CONNECTION_CHECK = 1000
 #: Seconds that a statement gets to end when its parent has gone.
 CANCEL_GRACE = 3.0
 
-GAP, NAME = r"(?:\s|--[^\n]*\n|/\*.*?\*/)", r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
+GAP, NAME = r"(?:\s|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)", r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
 CONCURRENT_INDEX = re.compile(
     rf"""\bcreate{GAP}+(?:unique{GAP}+)?index{GAP}+concurrently{GAP}+(?:if{GAP}+not{GAP}+exists{GAP}+)?
         (?P<index>{NAME}){GAP}*\bon\b{GAP}*(?:only\b{GAP}*)?(?P<table>(?:{NAME}\.)?{NAME})""",

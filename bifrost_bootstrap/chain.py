@@ -31,9 +31,10 @@ _UNDONE = {"UnavailableError": "a server was away", "OperationalError": "it coul
            "UnwantedError": "it was taken when Redis had forgotten that we wait for it"}  # fmt: skip
 #: Seconds after its init has gone in which a chain may still begin.
 WANTED_TTL = 30
-#: Seconds by which a task gives up waiting before init does, so that its own error is heard: the last attempt begins at
-#: the task's deadline, starts the tree's process, and has to see who is in the way. Of a short deadline only a share.
-TASK_HEAD_START, HEAD_START_SHARE = 5.0, 0.2
+#: Seconds by which a task gives up waiting before init does, so that its own error is heard: the last attempt begins
+#: just before the task's deadline, starts the tree's process, and waits for a table lock as long as any. Of a short
+#: deadline only a share.
+TASK_HEAD_START, HEAD_START_SHARE = 2.0, 0.2
 #: Words by which RabbitMQ refuses a login, a virtual host, a right, or a queue that was declared otherwise.
 _REFUSALS = ("ACCESS_REFUSED", "NOT_ALLOWED", "PRECONDITION_FAILED")
 
@@ -79,6 +80,7 @@ def send(
     queue: str,
     deadline: Deadline,
     *,
+    lock_timeout: float,
     full: bool = False,
     allow_shrink: bool = False,
     migrate: bool = True,
@@ -103,14 +105,18 @@ def send(
     # says why.
     client.publish(app.backend.get_key_for_task(sent.first), b"")
     with _broker_errors(described()):
-        want(client, sent, deadline)
+        want(client, sent, deadline, lock_timeout)
         work.apply_async()
     return sent
 
 
-def want(client: redis.Redis, sent: SentChain, deadline: Deadline) -> None:
-    """Say for `WANTED_TTL` seconds that somebody waits for this chain, and how long its tasks may wait themselves."""
-    head_start = min(TASK_HEAD_START, HEAD_START_SHARE * deadline.seconds)
+def want(client: redis.Redis, sent: SentChain, deadline: Deadline, lock_timeout: float) -> None:
+    """
+    Say for `WANTED_TTL` seconds that somebody waits for this chain, and how long its tasks may wait themselves.
+
+    lock_timeout: seconds that a revision waits for a table lock.
+    """
+    head_start = min(TASK_HEAD_START + lock_timeout, HEAD_START_SHARE * deadline.seconds)
     client.set(wanted_key(sent.first), max(0.0, deadline.remaining - head_start), ex=WANTED_TTL)
 
 

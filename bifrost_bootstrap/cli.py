@@ -39,9 +39,9 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return int(ExitCode.SIGINT)
     except OSError as error:
-        # A help text; what a command prints is its own.
+        # A help text; commands see to what they print themselves.
         cannot_print(error)
-        return int(ExitCode.OK)
+        return int(ExitCode.OK if {"-h", "--help", "--version"} & set(arguments) else ExitCode.BUG)
     except Exception:
         logger.exception("unexpected error")
         return int(ExitCode.BUG)

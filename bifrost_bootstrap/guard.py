@@ -80,9 +80,9 @@ class Guard:
         """What differs for certain and may be mended, or None."""
         settings = self._settings
         with redis_server.connect(settings.redis) as client:
-            # A little shorter than the pause, or the next look would find the turn of the last; and as long as two
-            # comparisons take, or two guards would make them.
-            if not client.set(TURN, b"1", nx=True, px=round(1000 * max(0.9 * self.interval, 2 * SECOND_LOOK))):
+            # A little shorter than the pause, or the next look would find the turn of the last.
+            turn = max(1, round(900 * self.interval))
+            if not client.set(TURN, b"1", nx=True, px=turn):
                 return None
             cache = ModuleCache(client, settings.module_cache_ttl)
             found = self._suspicious(cache)
@@ -94,8 +94,11 @@ class Guard:
                 self._known = found
                 return None
             self._known = None
+            # It may take longer than a short turn, and two guards would send two tasks.
+            client.set(TURN, b"1", px=turn + round(1000 * (SECOND_LOOK + readiness.COMPARE_TIMEOUT)))
             Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
             again = self._compared(cache)
+            client.set(TURN, b"1", px=turn)
             diff = again.only(first.same_as(again))
             # Asked last: what began meanwhile counts too, and a look that finds nothing need not ask.
             if diff.empty or self._busy(client.exists(held_key(ANY_TASK))):

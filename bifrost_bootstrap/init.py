@@ -213,8 +213,8 @@ class _Init:
         with redis_server.connect(self.settings.redis, answer_timeout=waiting.LOOK_TIMEOUT) as client:
             # Where it fails it may be published all the same: a second chain does no harm.
             sent = chain.send(
-                client, self.queue, self.deadline, migrate=self.wanted.migrate, full=self.wanted.full,
-                allow_shrink=self.wanted.allow_shrink,
+                client, self.queue, self.deadline, lock_timeout=self.settings.migration_lock_timeout,
+                migrate=self.wanted.migrate, full=self.wanted.full, allow_shrink=self.wanted.allow_shrink,
             )  # fmt: skip
         logger.info("chain enqueued on %s: migrate %s, warm %s", self.queue, sent.migrate or "left out", sent.warm)
         return sent

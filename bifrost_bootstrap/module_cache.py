@@ -7,6 +7,7 @@ The contract with the platform's readers and writers: `bifrost:module:{path}` ho
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import orjson
 import redis
 
-from bifrost_bootstrap.cache_scripts import RENEW, STATES, SWITCH
+from bifrost_bootstrap.cache_scripts import PROOF, RENEW, STATES, SWITCH
 from bifrost_bootstrap.errors import StagedLostError
 
 ENTRY = b"bifrost:module:"
@@ -130,12 +131,20 @@ class ModuleCache:
         return states
 
     def is_still(self, states: CacheStates) -> bool:
-        """Whether nobody has switched, flushed or touched the index since these were true."""
+        """Whether marker, index and every entry are as these say. Their time to live is not looked at."""
+        paths = list(states.tails)
+        expected: list[Any] = [states.marker, len(paths)]
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.get(MARKER)
             pipeline.scard(INDEX)
-            found: list[Any] = pipeline.execute()
-        return found == [states.marker, len(states.tails)]
+            for start in range(0, len(paths), READ_SLICE):
+                part = paths[start : start + READ_SLICE]
+                pipeline.eval(PROOF, 1, ENTRY, *part)
+                lines = b"\n".join(states.tails[path] for path in part)
+                expected.append(hashlib.sha1(lines, usedforsecurity=False).hexdigest().encode())
+            with _rights_named(PROOF):
+                found: list[Any] = pipeline.execute()
+        return found == expected
 
     def _read_tails(self, paths: list[bytes], tails: dict[bytes, bytes], off_policy: set[bytes]) -> None:
         # With a TTL an entry is renewed in the second half of its life, so that it never runs out between warms.

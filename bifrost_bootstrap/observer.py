@@ -16,6 +16,8 @@ from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 
 #: Seconds between two looks at database and broker; the task states are one round trip and read every time.
 TRUTH_PAUSE = 2.0
+#: The same while one of them is away, so that its return is seen at once.
+AWAY_PAUSE = 0.5
 #: Among the servers that are away: one that a chain could not be sent over. Only sending one ends that, and so it keeps
 #: nobody from trying.
 SENDING = "the chain"
@@ -89,18 +91,19 @@ class Observer:
         self._ask("the task states", self._look_at_states)
         migrate, warm = self._states
         ended = self._states != before and warm.status == "SUCCESS"
-        if ended or self.away or self._due.passed:
+        if ended or self._due.passed:
             self._ask("schema and cache", self._look_at_truth)
             self._ask("the migration lock", self._look_at_lock)
             self._ask("the queue", self._look_at_queue)
-            self._due = Deadline(TRUTH_PAUSE)
+            self._due = Deadline(AWAY_PAUSE if self.away else TRUTH_PAUSE)
         if hindered := bool(self.away.keys() - {SENDING}):
             # Silence means nothing while we cannot hear.
             self._last_sign = Deadline(0)
         # Before anything of ours has run, what a warm could put on the TTL policy is something to do.
         ready = self.truth and (self.truth.ready if self._sent else self.truth.nothing_to_do)
         return Observation(
-            ready=bool(ready), behind=bool(self.truth and not self.truth.schema.ready), refusal=self._refusal(), away=self.missing if hindered else "",
+            ready=bool(ready), behind=bool(self.truth and not self.truth.schema.ready), refusal=self._refusal(),
+            away=self.missing if hindered else "",
             sent=self._sent is not None, migrate=migrate, warm=warm,
             silent=self._last_sign.elapsed, age=self._sent_at.elapsed, taken=self._taken, begun=self._begun,
             losses=losses, holder=self._holder, queued=self._queue_state.messages,
@@ -134,7 +137,7 @@ class Observer:
         with redis_server.connect(self._settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
             # Read first: a Redis that refuses to be written to still tells how it stands.
             self._note(chain.states(client, self._sent))
-            chain.want(client, self._sent, self._deadline)
+            chain.want(client, self._sent, self._deadline, self._settings.migration_lock_timeout)
 
     def _note(self, states: tuple[TaskState, TaskState]) -> None:
         if states != self._states or any(state.held for state in states):

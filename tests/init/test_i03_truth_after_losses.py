@@ -20,7 +20,7 @@ from tests.servers.process import wait_until
 
 #: `bifrost-bootstrap init` that stops at a barrier when a comparison has found a difference.
 STOPPING_INIT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from bifrost_bootstrap import cache_diff, cli
 look, folder = cache_diff.look, Path(sys.argv[1])
@@ -28,7 +28,7 @@ look, folder = cache_diff.look, Path(sys.argv[1])
 def stopping(*arguments, **options):
     diff = look(*arguments, **options)
     while not diff.empty and (folder / "compared.hold").exists():
-        (folder / "compared.reached").touch()
+        (folder / f"compared.reached.{os.getpid()}").touch()
         time.sleep(0.02)
     return diff
 

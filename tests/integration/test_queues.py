@@ -47,7 +47,7 @@ from bifrost_bootstrap.celery import app
 from bifrost_bootstrap.deadline import Deadline
 configured = settings.load(("redis",))
 with redis_server.connect(configured.redis) as client:
-    sent = chain.send(client, sys.argv[1], Deadline(33.5))
+    sent = chain.send(client, sys.argv[1], Deadline(33.5), lock_timeout=5)
 print(json.dumps({"migrate": sent.migrate, "warm": sent.warm}))
 """
 

@@ -17,7 +17,7 @@ from bifrost_bootstrap.progress import Progress
 from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING, WarmResult, warm
 from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
-from tests.warm.deployment import Deployment, at
+from tests.warm.deployment import ENTRY, Deployment, at
 
 PATH = "module.py"
 
@@ -112,6 +112,21 @@ def test_w04_lost_between_switch_and_proof(deployment: Deployment) -> None:
     deployment.assert_exact()
 
 
+def test_w04_touched_between_switch_and_proof(deployment: Deployment) -> None:
+    """An entry that the switch had nothing to do with is evicted after it, another is put back by a writer who dies."""
+    deployment.put({PATH: "version = 1", "evicted.py": "x", "reverted.py": "version = 1"})
+    deployment.warm()
+    deployment.put({PATH: "version = 2"})
+
+    def touch() -> None:
+        deployment.client.delete(ENTRY + b"evicted.py")
+        deployment.api_write("reverted.py", "version = 2")
+        deployment.put({"reverted.py": "version = 1"})
+
+    deployment.warm(at(SWITCHING, touch))
+    deployment.assert_exact()
+
+
 def test_w04_no_warm_vouches_for_what_another_has_switched(deploy: NewDeployment, stale: Deployment) -> None:
     """
     A warm that found no difference does not confirm a cache into which another one has switched since.
@@ -199,6 +214,13 @@ def test_w04_deadline_ends_the_passes(deployment: Deployment) -> None:
     with pytest.raises(UnsettledError, match="2 passes"):
         warm(deployment.settings, deadline, commit_and_let_it_pass)
     assert passes == 2
+
+
+def test_w04_deadline_does_not_end_the_first_pass(deployment: Deployment) -> None:
+    """A first fill that the deadline finds running is proven all the same: nobody has disturbed it."""
+    deployment.put({PATH: "version = 0"})
+    assert warm(deployment.settings, Deadline(0), lambda _progress: None).added == 1
+    deployment.assert_exact()
 
 
 @pytest.mark.race
