@@ -52,7 +52,7 @@ test-compose: venv ## the Compose stack, as a user runs it (needs a container en
 .PHONY: test-faults
 test-faults: venv ## kill, cut and fill the servers while init runs
 	tools/test-servers
-	$(PYTHON) -m pytest -n 2 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 4 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-kube
 test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)
