@@ -106,8 +106,8 @@ class _Hit:
             self._freeze(server.pause, server.resume)
         elif self.cell.fault == "kill":
             server.kill()
-            # Init has met it, and the work goes on while the server is away. Of a broker that dies when all is done init
-            # need not hear any more.
+            # Init has met it, and the work goes on while the server is away. Of a broker that dies when all is done
+            # init need not hear any more.
             if self.cell.phase != "waiting" and (self.cell.target, self.cell.phase) != ("rabbitmq", "result"):
                 self.init.wait_for(NOTICED)
             self.deployment.release()
