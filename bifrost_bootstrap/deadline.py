@@ -40,10 +40,6 @@ class Deadline:
     def passed(self) -> bool:
         return self.remaining <= 0
 
-    def within(self, seconds: float) -> Deadline:
-        """A deadline after `seconds`, but not later than this one."""
-        return Deadline(min(seconds, self.remaining))
-
     @contextmanager
     def enforced(self, grace: float) -> Iterator[None]:
         """

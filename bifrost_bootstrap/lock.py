@@ -169,7 +169,8 @@ class MigrationLock:
 def holder(connection: Connection) -> Holder | None:
     """Who holds the migration lock of this database now."""
     row = connection.execute(
-        "SELECT pid, coalesce(application_name, ''), coalesce(host(client_addr), 'the server itself'),"  # noqa: S608
+        "SELECT pid, coalesce(application_name, ''), CASE WHEN state IS NULL THEN 'an address hidden from this role'"  # noqa: S608
+        " ELSE coalesce(host(client_addr), 'the server itself') END,"
         " coalesce(to_char(xact_start, 'YYYY-MM-DD\"T\"HH24:MI:SSOF'), 'unknown')"
         f" FROM ({_HOLDERS}) AS holders LEFT JOIN pg_stat_activity USING (pid)",
         (LOCK_CLASS, MIGRATION),

@@ -33,7 +33,7 @@ class Readiness:
 
     diff: None where the schema is not ready (the rows of another schema say nothing), where the marker told enough,
     or where rows and cache cannot be compared: `obstacle` says why then. marker: what the last warm left. modules:
-    paths in the index.
+    paths in the index. warmed: the marker vouches for the cache.
     """
 
     schema: SchemaState

@@ -63,14 +63,6 @@ def test_sleep_never_goes_past_the_deadline(clock: Clock) -> None:
     assert clock.slept == [7, 3, 0]
 
 
-def test_within_is_never_later_than_the_whole(clock: Clock) -> None:
-    """A part of the wait ends with it at the latest."""
-    whole = Deadline(10)
-    clock.now += 4
-    assert whole.within(3).remaining == 3
-    assert whole.within(30).remaining == 6
-
-
 def test_pause_doubles_up_to_the_longest(clock: Clock) -> None:
     """Each pause is between half of and the whole of `first` doubled per attempt, at most `longest`."""
     for attempt, whole in [(1, 0.5), (2, 1), (3, 2), (4, 4), (5, 5), (1000, 5)]:
