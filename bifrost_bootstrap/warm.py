@@ -160,7 +160,7 @@ class _Warm:
         """
         What the cache holds: as our last switch has left it where it still is so, else read anew.
 
-        To be told that it is takes half as long as reading it.
+        To be told that it is takes less than reading it, and hides nothing: every entry is looked at.
         """
         known, self.known = self.known, None
         return known if known and self.cache.is_still(known) else self.cache.states(self.left_alone)
