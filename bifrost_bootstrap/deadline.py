@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from bifrost_bootstrap.errors import CertificateError, RefusedError
+
 #: Seconds for which a refused login may still become right: the official images create user and database while
 #: they already answer.
 REFUSAL_PATIENCE = 30.0
@@ -72,3 +74,18 @@ class Deadline:
         """
         longest_now = min(longest, first * 2 ** min(attempt - 1, 30))
         self.sleep(longest_now * random.uniform(0.5, 1))  # noqa: S311  (jitter, not cryptography)
+
+
+class Patience:
+    """With a server that refuses us, and may still become right: `REFUSAL_PATIENCE` from the first refusal in a row."""
+
+    def __init__(self) -> None:
+        self._until: Deadline | None = None
+
+    def spent_by(self, error: BaseException) -> bool:
+        """Whether waiting does not help any more. Any other error begins it anew; a CertificateError spends it."""
+        if not isinstance(error, RefusedError):
+            self._until = None
+            return False
+        self._until = self._until or Deadline(REFUSAL_PATIENCE)
+        return self._until.passed or isinstance(error, CertificateError)

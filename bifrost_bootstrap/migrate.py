@@ -9,11 +9,10 @@ from typing import Any
 
 from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree as trees
 from bifrost_bootstrap.alembic_run import Applied, Died, Retry
-from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
+from bifrost_bootstrap.deadline import Deadline, Patience
 from bifrost_bootstrap.errors import (
     BootstrapError,
     MigrateGivenUpError,
-    RefusedError,
     SettingsError,
     UnavailableError,
     VersionTableError,
@@ -62,7 +61,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     url = settings.migration_database
     before: SchemaState | None = None
     applied: list[Applied] = []
-    refused: Deadline | None = None
+    patience = Patience()
     attempt = deaths = 0
     while True:
         attempt += 1
@@ -91,8 +90,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
             error = unavailable
         else:
             continue
-        refused = (refused or Deadline(REFUSAL_PATIENCE)) if isinstance(error, RefusedError) else None
-        if refused and refused.passed:
+        if patience.spent_by(error):
             raise error
         if not deadline.passed:
             logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)

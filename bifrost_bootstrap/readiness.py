@@ -8,8 +8,8 @@ from typing import Any
 
 from bifrost_bootstrap import cache_diff, redis_server, schema as schemas
 from bifrost_bootstrap.cache_diff import CacheDiff
-from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
-from bifrost_bootstrap.errors import CertificateError, RefusedError, UnavailableError, WarmError
+from bifrost_bootstrap.deadline import Deadline, Patience
+from bifrost_bootstrap.errors import RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.module_cache import Marker, ModuleCache
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
@@ -132,20 +132,19 @@ def wait_until_ready(settings: Settings, tree: Tree, deadline: Deadline) -> Read
     """
     Look, and where it is not ready look again until the deadline; the last look is returned.
 
-    Servers that are away are waited for, and one that refuses us for `REFUSAL_PATIENCE`. Raises their error at the
+    Servers that are away are waited for, and one that refuses us while `Patience` lasts. Raises their error at the
     end, a CertificateError at once.
     """
-    refused: Deadline | None = None
+    patience = Patience()
     said: Deadline | None = None
     while True:
         try:
             found = look(settings, tree, compare=COMPARE_TIMEOUT)
             if found.ready or deadline.passed:
                 return found
-            missing, refused = found.missing(), None
+            missing, patience = found.missing(), Patience()
         except (UnavailableError, RefusedError) as error:
-            refused = (refused or Deadline(REFUSAL_PATIENCE)) if isinstance(error, RefusedError) else None
-            if deadline.passed or isinstance(error, CertificateError) or (refused and refused.passed):
+            if patience.spent_by(error) or deadline.passed:
                 raise
             missing = str(error)
         if said is None or said.passed:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Event, Thread
 
-from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
-from bifrost_bootstrap.errors import CertificateError, RefusedError, UnavailableError
+from bifrost_bootstrap.deadline import Deadline, Patience
+from bifrost_bootstrap.errors import RefusedError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
     Call each look until it no longer raises UnavailableError or RefusedError.
 
     Returns what had to be waited for. Raises the error of a server at the deadline, a RefusedError that lasts
-    longer than `REFUSAL_PATIENCE`, and a CertificateError and any other error of a look at once.
+    longer than `Patience`, and a CertificateError and any other error of a look at once.
     """
     since = Deadline(deadline.remaining)
     # The one that was heard of last comes last.
     missing: dict[str, BaseException] = {server: UnavailableError(server, "no answer yet") for server in servers}
     unheard = set(servers)
-    refused: dict[str, Deadline] = {}
+    patience = {server: Patience() for server in servers}
     said: dict[str, Deadline] = {}
     waited: list[Waited] = []
     seen: Queue[tuple[str, BaseException | None]] = Queue()
@@ -78,20 +78,12 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
                 said.pop(server, None)
             del missing[server]
             missing[server] = error
-            if not isinstance(error, UnavailableError | RefusedError) or _lasts(server, error, refused):
+            if not isinstance(error, UnavailableError | RefusedError) or patience[server].spent_by(error):
                 raise error
             say(server)
     finally:
         given_up.set()
     return waited
-
-
-def _lasts(server: str, error: BaseException, refused: dict[str, Deadline]) -> bool:
-    """Whether waiting does not help. refused: the patience with each server that refuses us."""
-    if not isinstance(error, RefusedError):
-        refused.pop(server, None)
-        return False
-    return refused.setdefault(server, Deadline(REFUSAL_PATIENCE)).passed or isinstance(error, CertificateError)
 
 
 def _watch(server: str, look: Look, seen: Queue[tuple[str, BaseException | None]], given_up: Event) -> None:

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from bifrost_bootstrap import postgres, waiting
+from bifrost_bootstrap import deadline, postgres, waiting
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import RefusedError, UnavailableError
 from bifrost_bootstrap.urls import parse_postgres
@@ -80,7 +80,7 @@ def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deploy
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> float:
     """Shorter than the 30 s that the program has; seconds."""
-    monkeypatch.setattr(waiting, "REFUSAL_PATIENCE", 1.5)
+    monkeypatch.setattr(deadline, "REFUSAL_PATIENCE", 1.5)
     return 1.5
 
 

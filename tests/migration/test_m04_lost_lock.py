@@ -22,18 +22,22 @@ def lose_lock(database: Database) -> None:
     wait_until(lambda: not is_alive(database, session), "the end of the lock's session")
 
 
+def lose_lock_of_frozen(step: Command, database: Database, stop: Barrier) -> None:
+    """The lock is lost while the process that holds it is frozen; its runner goes on alone, and ends."""
+    runner = stop.reached()
+    step.send_signal(signal.SIGSTOP)
+    lose_lock(database)
+    stop.release()
+    wait_until(lambda: not is_alive(database, runner), "the end of the runner's session")
+
+
 @pytest.mark.race
 def test_m04_runner_without_lock_records_nothing(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
     """The lock is lost while its holder is frozen: the runner, which nobody stops, commits none of its revision."""
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
         step = start_migrate(env=PATIENT)
-        runner = stop.reached()
-        # The process that holds the lock alone: its runner goes on.
-        step.send_signal(signal.SIGSTOP)
-        lose_lock(database)
-        stop.release()
-        wait_until(lambda: not is_alive(database, runner), "the end of the runner's session")
+        lose_lock_of_frozen(step, database, stop)
     assert recorded(database) == ["one"]
     assert applied(database) == {"one": 1}
 
@@ -53,11 +57,7 @@ def test_m04_nothing_outside_a_transaction(database: Database, tree: Tree, start
     )
     with Barrier(database) as stop:
         step = start_migrate(env=PATIENT)
-        runner = stop.reached()
-        step.send_signal(signal.SIGSTOP)
-        lose_lock(database)
-        stop.release()
-        wait_until(lambda: not is_alive(database, runner), "the end of the runner's session")
+        lose_lock_of_frozen(step, database, stop)
     assert (recorded(database), applied(database)) == (["one"], {"one": 1})
     step.send_signal(signal.SIGCONT)
     assert outcome(step).code == 0
