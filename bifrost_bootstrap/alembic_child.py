@@ -13,7 +13,8 @@ By SQLAlchemy's engine events, and without touching the tree's code, each transa
 * waits for table locks no longer than `lock_timeout`, and has the server notice when we are gone.
 
 Statements outside a transaction (`autocommit_block`) cannot hold a lock of ours: each is preceded by the proof
-and begins with a comment (`tag`), by which the next holder finds it.
+and begins with a comment (`tag`), by which the next holder finds it. With asyncpg most of them get a transaction of
+their own (`run_loose`), which is tied to the lock like the others, but waits for tables as long as it takes.
 """
 
 from __future__ import annotations
@@ -111,9 +112,22 @@ class Guard:
     """Ties every transaction of the tree to the migration lock that the parent holds."""
 
     def __init__(self, request: dict[str, Any], events: Events) -> None:
-        self.lock: dict[str, Any] = request["lock"]
-        self.tag: str = request["tag"]
+        self.lock = lock = request["lock"]
+        self.tag, self.leftover = request["tag"], request["leftover"]
         self.lock_timeout = int(request["lock_timeout_ms"])
+        # Elsewhere PostgreSQL 14 has no other value than 0. LOCAL, since behind a pooler a session setting would stay
+        # for the next client.
+        check = f"CASE WHEN version() ~ 'linux' THEN '{CONNECTION_CHECK}' ELSE '0' END"
+        self.join = (
+            f"SELECT pg_advisory_xact_lock_shared({lock['class']}, {lock['runner']}),"
+            f" set_config('client_connection_check_interval', {check}, true),"
+            " set_config('idle_in_transaction_session_timeout', '0', true)"
+        )
+        self.proof = (
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            f" AND classid::int8 = {lock['class']} AND objid::int8 = {lock['migration']} AND objsubid = 2"
+            f" AND pid = {lock['pid']} AND virtualtransaction = '{lock['virtualtransaction']}'"
+        )
         self.events = events
 
     def listen(self) -> None:
@@ -124,8 +138,8 @@ class Guard:
         event.listen(Engine, "begin", self.on_begin)
         event.listen(Engine, "commit", self.on_commit)
         event.listen(Engine, "before_cursor_execute", self.on_execute, retval=True)
-        event.listen(Engine, "do_execute", self.on_run)
-        event.listen(Engine, "do_executemany", self.on_run_many)
+        event.listen(Engine, "do_execute", lambda *call: self.run_loose("_prepare_and_execute", *call))
+        event.listen(Engine, "do_executemany", lambda *call: self.run_loose("_executemany", *call))
         event.listen(Engine, "after_cursor_execute", self.on_executed)
 
     @staticmethod
@@ -134,34 +148,23 @@ class Guard:
         if dialect.driver in ("psycopg", "psycopg_async"):
             parameters["prepare_threshold"] = None
         elif dialect.driver == "asyncpg":
-            parameters.setdefault("statement_cache_size", 0)
-            parameters.setdefault("prepared_statement_cache_size", 0)
+            # Whatever the URL wants: what is dropped with the transaction is not to be met again.
+            parameters.update(statement_cache_size=0, prepared_statement_cache_size=0)
+            parameters["connection_class"] = leaving_nothing(parameters.get("connection_class"))
             # Its own names are counters: another process behind the same pooler has the same.
             parameters.setdefault("prepared_statement_name_func", lambda: f"bifrost_{uuid.uuid4().hex}")
 
     def on_begin(self, connection: Connection) -> None:
         if self.foreign(connection) is not None or autocommits(connection):
             return
-        timeouts = {
-            "lock_timeout": self.lock_timeout,
-            "client_connection_check_interval": CONNECTION_CHECK,
-            "idle_in_transaction_session_timeout": 0,
-        }
-        # LOCAL, since behind a pooler a session setting would stay for the next client.
-        settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in timeouts.items())
         # First seen by the next holder, then proven: in the other order he could come in between.
-        ask(connection, f"SELECT pg_advisory_xact_lock_shared({self.lock['class']}, {self.lock['runner']}), {settings}")
+        ask(connection, f"{self.join}, set_config('lock_timeout', '{self.lock_timeout}', true)")
         self.prove(connection)
 
     def on_commit(self, connection: Connection) -> None:
         if self.foreign(connection) is not None or autocommits(connection):
             return
         self.prove(connection)
-        if connection.dialect.driver == "asyncpg":
-            # It closes a prepared statement with the next one; the last would stay behind at a pooler.
-            session: Any = connection.connection.dbapi_connection
-            with told_apart(connection):
-                session.run_async(lambda driver: driver.execute("DEALLOCATE ALL"))
 
     def on_execute(
         self, connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
@@ -184,13 +187,42 @@ class Guard:
                 self.prove(connection)
                 run(connection, statement)
 
-    @staticmethod
-    def on_run(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
-        return run_loose(context.root_connection, cursor, "_prepare_and_execute", statement, parameters)
+    def run_loose(self, method: str, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        """
+        Run the tree's statement so that it meets one session only, where that takes care; whether it was run.
 
-    @staticmethod
-    def on_run_many(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
-        return run_loose(context.root_connection, cursor, "_executemany", statement, parameters)
+        In a transaction of its own, which bears the runner lock and proves the other one as any of the tree's does; by
+        the cursor's own method, so that rows and their number are where the tree looks for them. What must have no
+        transaction around it has neither, and is one exchange.
+        """
+        connection = context.root_connection
+        loose = loose_asyncpg(connection)
+        if loose is None or loose._connection.is_in_transaction() or self.foreign(connection) is not None:
+            return False
+
+        async def in_one_session(driver: Any) -> None:
+            async with driver.transaction():
+                await driver.execute(self.join)
+                await prove(driver)
+                await getattr(cursor, method)(statement, parameters)
+                await prove(driver)
+
+        async def prove(driver: Any) -> None:
+            if not await driver.fetchval(self.proof):
+                raise Refused("lock_lost")
+
+        if not ALONE.match(statement):
+            try:
+                loose.run_async(in_one_session)
+            except Exception as error:
+                if getattr(error, "sqlstate", None) not in NEEDS_NO_TRANSACTION:
+                    loose._handle_exception(error)
+            else:
+                return True
+        if parameters:
+            return False
+        run(connection, statement)
+        return True
 
     def foreign(self, connection: Connection) -> str | None:
         """Which other database than the locked one this connection leads to, or None. Asked once a connection."""
@@ -209,14 +241,7 @@ class Guard:
 
     def prove(self, connection: Connection) -> None:
         """Raise unless the parent's transaction still holds the migration lock."""
-        lock = self.lock
-        held = ask(
-            connection,
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted"
-            f" AND classid::int8 = {lock['class']} AND objid::int8 = {lock['migration']} AND objsubid = 2"
-            f" AND pid = {lock['pid']} AND virtualtransaction = '{lock['virtualtransaction']}'",
-        )
-        if not held[0]:
+        if not ask(connection, self.proof)[0]:
             raise Refused("lock_lost")
 
     def drop_invalid(self, connection: Connection, index: str, table: str) -> bool:
@@ -225,10 +250,7 @@ class Guard:
         found = ask(
             connection,
             "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
-            f" WHERE NOT i.indisvalid AND c.relname = {literal(name)} AND i.indrelid = to_regclass({literal(table)})"
-            # The index that a session of another role builds is hidden (null).
-            " AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.datname = current_database()"
-            " AND coalesce(p.index_relid, i.indexrelid) = i.indexrelid)",
+            f" WHERE c.relname = {literal(name)} AND i.indrelid = to_regclass({literal(table)}) AND {self.leftover}",
         )
         if found:
             run(connection, f"{self.tag} DROP INDEX CONCURRENTLY {found[0]}")
@@ -254,6 +276,23 @@ def loose_asyncpg(connection: Connection) -> Any:
     """
     loose = connection.dialect.driver == "asyncpg" and autocommits(connection)
     return connection.connection.dbapi_connection if loose else None
+
+
+def leaving_nothing(base: Any) -> Any:
+    """
+    A class of asyncpg's connections whose transactions drop in their last exchange what they have prepared.
+
+    asyncpg closes a prepared statement with the next one, when a pooler may have given the session to somebody else.
+    """
+    import asyncpg
+
+    class Connection(base or asyncpg.Connection):  # type: ignore[misc]
+        async def execute(self, query: str, *arguments: Any, **options: Any) -> Any:
+            # asyncpg's own words. A refused COMMIT takes what follows with it; after an error only a ROLLBACK is heard.
+            query = {"COMMIT;": "DEALLOCATE ALL; COMMIT", "ROLLBACK;": "ROLLBACK; DEALLOCATE ALL"}.get(query, query)
+            return await super().execute(query, *arguments, **options)
+
+    return Connection
 
 
 @contextmanager
@@ -297,37 +336,6 @@ def ask(connection: Connection, query: str) -> Any:
         row = cursor.fetchone()
         cursor.close()
         return row
-
-
-def run_loose(connection: Connection, cursor: Any, method: str, statement: str, parameters: Any) -> bool:
-    """
-    Run the tree's statement so that it meets one session only, where that takes care; whether it was run.
-
-    In a transaction of its own, by the cursor's own method, so that rows and their number are where the tree looks for
-    them. What must have no transaction around it has neither, and is one exchange.
-    """
-    loose = loose_asyncpg(connection)
-    if loose is None or loose._connection.is_in_transaction():
-        return False
-
-    async def in_one_session(driver: Any) -> None:
-        async with driver.transaction():
-            await getattr(cursor, method)(statement, parameters)
-            # It would stay behind at a pooler.
-            await driver.execute("DEALLOCATE ALL")
-
-    if not ALONE.match(statement):
-        try:
-            loose.run_async(in_one_session)
-        except Exception as error:
-            if getattr(error, "sqlstate", None) not in NEEDS_NO_TRANSACTION:
-                loose._handle_exception(error)
-        else:
-            return True
-    if parameters:
-        return False
-    run(connection, statement)
-    return True
 
 
 class Runner:
@@ -380,7 +388,8 @@ class Runner:
         self.events.send("applied", revision=self.revision, seconds=round(time.monotonic() - self.began, 3))
 
     def report(self, error: BaseException) -> dict[str, Any]:
-        return report(error, self.revision, self.title) | ({"statement": "COMMIT"} if self.applied else {})
+        told = report(error, self.revision, self.title)
+        return {**told, "statement": "COMMIT"} if self.applied else told
 
 
 def where_found(connection: Connection, table: str) -> str:
@@ -460,7 +469,8 @@ def is_disconnect(error: BaseException, *, begun: bool) -> bool:
         return bool(getattr(error, "connection_invalidated", False))
     if isinstance(error, OSError):
         return error.filename is None
-    return isinstance(error, InterfaceError | OperationalError)
+    # A tuple: the tree's Python may be older than ours.
+    return isinstance(error, (InterfaceError, OperationalError))
 
 
 def main() -> NoReturn:
@@ -470,8 +480,11 @@ def main() -> NoReturn:
     code = 1
     try:
         try:
-            from alembic.config import Config
-            from alembic.script import ScriptDirectory
+            try:
+                from alembic.config import Config
+                from alembic.script import ScriptDirectory
+            except Exception as error:
+                raise Refused("no_alembic", message=f"has no Alembic that can be imported: {error}") from error
 
             config = Config(request["config"])
             script = ScriptDirectory.from_config(config)

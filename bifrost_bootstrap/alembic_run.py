@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bifrost_bootstrap import lock, schema
+from bifrost_bootstrap import lock, schema, tree as trees
 from bifrost_bootstrap.blockers import BlockerWatch
 from bifrost_bootstrap.child import Child
 from bifrost_bootstrap.deadline import Deadline
@@ -15,6 +15,7 @@ from bifrost_bootstrap.errors import (
     BootstrapError,
     BusyError,
     MigrationError,
+    OwnProcessError,
     RefusedError,
     UnavailableError,
     VersionTableError,
@@ -22,7 +23,7 @@ from bifrost_bootstrap.errors import (
     masked,
 )
 from bifrost_bootstrap.lock import MigrationLock
-from bifrost_bootstrap.postgres import REFUSALS
+from bifrost_bootstrap.postgres import LEFTOVER, REFUSALS
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -48,18 +49,6 @@ class Applied:
     seconds: float
 
 
-class Retry(Exception):
-    """The attempt failed in a way that another one may not. `error` is what it ends in at the deadline."""
-
-    def __init__(self, error: BootstrapError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class Died(Retry):
-    """The tree's process ended without saying why."""
-
-
 def upgrade(
     settings: Settings, tree: Tree, held: MigrationLock, deadline: Deadline, applied: list[Applied], report: Report
 ) -> None:
@@ -69,7 +58,9 @@ def upgrade(
     The deadline ends a statement that waits for somebody else's lock, and none that works. At the end no process is
     left that the tree has started in its process group.
 
-    Raises Retry, Died, MigrationError, RefusedError, WrongDatabaseError, VersionTableError, UnavailableError.
+    Raises BusyError, RefusedError, UnavailableError and, where the tree's process ended without a word,
+    OwnProcessError, after which another attempt may succeed;
+    MigrationError, WrongDatabaseError, VersionTableError, SettingsError of the tree's interpreter.
     """
     request = {
         "mode": "upgrade",
@@ -77,6 +68,7 @@ def upgrade(
         "version_table": settings.alembic_version_table,
         "lock_timeout_ms": round(settings.migration_lock_timeout * 1000),
         "tag": lock.TAG,
+        "leftover": LEFTOVER,
         "lock": {
             **asdict(held.proof),
             "class": lock.LOCK_CLASS,
@@ -91,16 +83,23 @@ def upgrade(
     watch = BlockerWatch(url)
     run = _Run(settings, tree, watch, report, child.output)
     longest_block = max(settings.migration_lock_timeout, SHORTEST_BLOCK)
+    look = Deadline(settings.migration_lock_timeout / 2)
     try:
         with child, watch:
             for event in child.events(lock.KEEP_ALIVE):
                 if event:
                     run.on_event(event)
+                    look = Deadline(settings.migration_lock_timeout / 2)
                     continue
                 held.keep_alive()
+                if watch.blind and look.passed:
+                    # Once a revision, to name who is in the way; and after the deadline, to end what waits.
+                    with held.look() as connection:
+                        watch.look(connection)
+                    look = Deadline(max(deadline.remaining, SHORTEST_BLOCK))
                 if deadline.passed and watch.blocked > longest_block:
                     held.end_runners()
-                    raise Retry(_busy(run.revision, watch))
+                    raise _busy(run.revision, watch)
     finally:
         applied += run.committed()
     if not run.ended:
@@ -173,7 +172,9 @@ class _Run:
             return None
         if self.failure is None:
             last = self.output[-1] if self.output else "without a word"
-            return Died(UnavailableError("the tree's process", masked(f"it ended with code {returncode}: {last}")))
+            return OwnProcessError("the tree's process", masked(f"it ended with code {returncode}: {last}"))
+        if self.failure["kind"] == "no_alembic":
+            return trees.unfit(self.tree.python, self.failure["message"])
         return self._error_of(self.failure, [one.revision for one in applied])
 
     def _error_of(self, event: dict[str, Any], applied: list[str]) -> Exception:
@@ -185,7 +186,7 @@ class _Run:
                 return VersionTableError(self.settings.alembic_version_table, event["written"])
             case "lock_lost" | "disconnected":
                 lost = "the migration lock was lost while a revision ran"
-                return Retry(UnavailableError(str(url), masked(event.get("message", lost))))
+                return UnavailableError(str(url), masked(event.get("message", lost)))
         message = masked(event["message"])
         # What fails after its last one is no revision's fault.
         revision, title, statement = (
@@ -193,11 +194,11 @@ class _Run:
         )
         refused = event["disconnected"] and any(word in message for word in REFUSALS)
         if not event["revision"] and (refused or event["sqlstate"].startswith(_REFUSED)):
-            return Retry(RefusedError("the database that env.py of the tree names", message))
+            return RefusedError("the database that env.py of the tree names", message)
         if event["sqlstate"] == _LOCK_TIMEOUT:
-            return Retry(_busy(event["revision"], self.watch))
+            return _busy(event["revision"], self.watch)
         if event["disconnected"] or event["sqlstate"].startswith(_TRANSIENT):
-            return Retry(UnavailableError(str(url), message))
+            return UnavailableError(str(url), message)
         if event["sqlstate"] == _NO_RIGHT and not event["revision"]:
             # The version table could not be made: no revision is at fault.
             return RefusedError(str(url), message)

@@ -7,12 +7,17 @@ from threading import Event, Thread
 from typing import Self
 
 from bifrost_bootstrap import postgres
+from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.lock import KEEP_ALIVE, RUNNERS, RUNNERS_PARAMETERS
-from bifrost_bootstrap.postgres import Connection
+from bifrost_bootstrap.postgres import ANSWER_TIMEOUT, Connection
 from bifrost_bootstrap.urls import PostgresUrl
 
 logger = logging.getLogger(__name__)
+
+
+#: Seconds without a look of its own after which the watch is blind; one takes milliseconds.
+LATE = 2.0
 
 
 class BlockerWatch:
@@ -25,7 +30,7 @@ class BlockerWatch:
     """
 
     def __init__(self, url: PostgresUrl) -> None:
-        self._url, self._ended = url, Event()
+        self._url, self._ended, self._late = url, Event(), Deadline(LATE)
         self.blocked, self.last = 0.0, ""
 
     def __enter__(self) -> Self:
@@ -35,37 +40,35 @@ class BlockerWatch:
     def __exit__(self, *_error: object) -> None:
         self._ended.set()
 
+    @property
+    def blind(self) -> bool:
+        """Whether it gets no connection now; then `look` on another one tells."""
+        return self._late.passed
+
+    def look(self, connection: Connection) -> None:
+        """Set `blocked` and `last`, by one statement."""
+        rows = connection.execute(
+            "SELECT coalesce(extract(epoch FROM clock_timestamp() - waitstart), 0), blocking.pid,"  # noqa: S608
+            " coalesce(b.usename, '?'), coalesce(b.application_name, ''), coalesce(b.state, 'hidden'),"
+            # Not now(): on the lock's connection that is when the lock was taken.
+            " coalesce(round(extract(epoch FROM clock_timestamp() - b.xact_start))::text, '?')"
+            f" FROM ({RUNNERS}) AS runners JOIN pg_locks l USING (pid),"
+            " unnest(pg_blocking_pids(l.pid)) AS blocking(pid) LEFT JOIN pg_stat_activity b USING (pid)"
+            " WHERE NOT granted",
+            RUNNERS_PARAMETERS,
+        ).fetchall()
+        self.blocked = max((float(str(row[0])) for row in rows), default=0.0)
+        self.last = "; ".join(dict.fromkeys(
+            f"pid {pid} (user {user}, application {application!r}, {state} since {seconds}s)"
+            for _, pid, user, application, state, seconds in rows
+        )) or self.last  # fmt: skip
+
     def _watch(self) -> None:
         while not self._ended.wait(KEEP_ALIVE):
             try:
-                with postgres.connect(
-                    self._url, "migration-watch", answer_timeout=postgres.ANSWER_TIMEOUT
-                ) as connection:
-                    self.blocked = _blocked(connection)
-                    self.last = _blockers(connection) or self.last
+                with postgres.connect(self._url, "migration-watch", answer_timeout=ANSWER_TIMEOUT) as connection:
+                    self.look(connection)
+                    self._late = Deadline(LATE)
             except BootstrapError as error:
                 logger.debug("who blocks the migration is not to be seen: %s", error)
                 self.blocked = 0.0
-
-
-def _blocked(connection: Connection) -> float:
-    row = connection.execute(
-        "SELECT coalesce(extract(epoch FROM max(clock_timestamp() - waitstart)), 0)"  # noqa: S608
-        f" FROM pg_locks JOIN ({RUNNERS}) AS runners USING (pid) WHERE NOT granted",
-        RUNNERS_PARAMETERS,
-    ).fetchone()
-    return float(str(row[0])) if row else 0.0
-
-
-def _blockers(connection: Connection) -> str:
-    rows = connection.execute(
-        "SELECT pid, coalesce(b.usename, '?'), coalesce(b.application_name, ''), coalesce(b.state, 'hidden'),"  # noqa: S608
-        " coalesce(round(extract(epoch FROM now() - b.xact_start))::text, '?')"
-        f" FROM (SELECT DISTINCT unnest(pg_blocking_pids(pid)) AS pid FROM ({RUNNERS}) AS runners) AS blocking"
-        " LEFT JOIN pg_stat_activity b USING (pid)",
-        RUNNERS_PARAMETERS,
-    )
-    return "; ".join(
-        f"pid {pid} (user {user}, application {application!r}, {state} since {seconds}s)"
-        for pid, user, application, state, seconds in rows
-    )

@@ -43,7 +43,7 @@ class Child:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise trees.does_not_start(tree.python, error) from error
+            raise trees.unfit(tree.python, f"does not start: {error.strerror}") from error
         assert self._process.stdin
         # What has ended before it read this says why on stderr.
         with suppress(BrokenPipeError):

@@ -119,16 +119,28 @@ class MigrationLock:
         with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
             self._connection.execute("SHOW transaction_isolation")
 
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """
+        The lock's own connection, for one statement; without a snapshot again at the end. Raises UnavailableError.
+
+        Rarely, while a runner works: a concurrent build that begins to wait for snapshots in these milliseconds waits
+        for ours until the lock is given back.
+        """
+        with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
+            # Within a transaction pg_stat_activity shows again what it showed first.
+            self._connection.execute("SELECT pg_stat_clear_snapshot()")
+            yield self._connection
+        self.keep_alive()
+
     def end_runners(self) -> list[int]:
         """
         End the sessions in which a runner is at work, and return those that are still there.
 
         Sessions of another role are not ours to end; where their statements are hidden, whoever builds an index counts.
         """
-        with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
-            # Within a transaction pg_stat_activity shows again what it showed first.
-            self._connection.execute("SELECT pg_stat_clear_snapshot()")
-            rows = self._connection.execute(
+        with self.look() as connection:
+            rows = connection.execute(
                 "SELECT pid, CASE usename WHEN current_user THEN pg_terminate_backend(pid) END"  # noqa: S608
                 f" FROM ({RUNNERS} UNION {_HIDDEN_BUILDS}) AS runners JOIN pg_stat_activity USING (pid)",
                 RUNNERS_PARAMETERS,
@@ -137,10 +149,9 @@ class MigrationLock:
 
     def has_only_session(self) -> bool:
         """Whether the server has no other session of our role, from where ours comes: behind a pooler, its pool."""
-        with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
-            self._connection.execute("SELECT pg_stat_clear_snapshot()")
+        with self.look() as connection:
             return bool(postgres.scalar(
-                self._connection,
+                connection,
                 "SELECT count(*) = 1 FROM pg_stat_activity a JOIN pg_stat_activity ours"
                 " ON (a.datname, a.usename) = (ours.datname, ours.usename)"
                 " AND a.client_addr IS NOT DISTINCT FROM ours.client_addr"
@@ -183,21 +194,24 @@ def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -
     """
     Take the lock, polling with short statements until the deadline, and give it back at the end.
 
-    `on_wait` hears, steadily, whom we wait for. When the block begins, no transaction of an earlier runner is
-    open and no statement of one is running.
+    `on_wait` hears, steadily, whom we wait for, as the log does. When the block begins, no transaction of an
+    earlier runner is open and no statement of one is running.
 
     Raises BusyError at the deadline, PoolTooSmallError where the lock has the pooler's only connection,
     UnavailableError and RefusedError of the server.
     """
+
+    def say(what: str) -> None:
+        logger.info("%s", what)
+        on_wait(what)
+
     with postgres.connect(url, "migration-lock", autocommit=False) as connection:
         # Whatever the role's default: in REPEATABLE READ an idle transaction would hold a snapshot.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-        _take(connection, deadline, on_wait)
+        _take(connection, deadline, say)
         lock = MigrationLock(url, connection)
-        _end_earlier_runner(lock, deadline, on_wait)
+        _end_earlier_runner(lock, deadline, say)
         _want_second_connection(url, lock)
-        # The last statement before the runner starts.
-        lock.keep_alive()
         yield lock
         # Ends the transaction, and with it the lock.
         connection.rollback()
@@ -230,8 +244,6 @@ def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, on_wait: Callab
         attempt += 1
         if attempt == 1:
             on_wait(f"ending {what}")
-        # The look has left us a snapshot, for whose end a concurrent build would wait as we do for the build's.
-        lock.keep_alive()
         deadline.pause(attempt, first=0.05, longest=TRY_PAUSE)
 
 

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree as trees
-from bifrost_bootstrap.alembic_run import Applied, Died, Retry
+from bifrost_bootstrap.alembic_run import Applied
 from bifrost_bootstrap.deadline import Deadline, Patience
 from bifrost_bootstrap.errors import (
     BootstrapError,
+    BusyError,
     MigrateGivenUpError,
+    OwnProcessError,
+    RefusedError,
     SettingsError,
     UnavailableError,
     VersionTableError,
@@ -52,8 +55,8 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     that works is not ended by it. Safe to be called at any time by any number of processes.
 
     Raises SchemaError before any DDL where the head cannot be reached, MigrationError where a revision failed,
-    MigrateGivenUpError where the tree's process died each time, BusyError, UnavailableError, and the configuration
-    errors of the tree.
+    MigrateGivenUpError where the tree's process died each time, BusyError and UnavailableError at the deadline,
+    RefusedError where that lasts longer than `Patience`, and the configuration errors of the tree.
     """
     started = time.monotonic()
     tree = trees.load(settings)
@@ -81,13 +84,13 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
                 if not state.ready and not state.refusal():
                     alembic_run.upgrade(settings, tree, held, deadline, applied, report)
                     _look_at_result(settings, tree)
-        except Retry as retry:
-            error: BootstrapError = retry.error
-            deaths = deaths + 1 if isinstance(retry, Died) else 0
-            if deaths >= MOST_DEATHS:
-                raise MigrateGivenUpError(deaths, str(error)) from retry
-        except UnavailableError as unavailable:
-            error = unavailable
+        except OwnProcessError as died:
+            error: BootstrapError = died
+            deaths += 1
+            if deaths == MOST_DEATHS:
+                raise MigrateGivenUpError(deaths, str(error)) from died
+        except (BusyError, RefusedError, UnavailableError) as passing:
+            error, deaths = passing, 0
         else:
             continue
         if patience.spent_by(error):

@@ -54,11 +54,8 @@ class SchemaState:
                     f"merge them: alembic merge -m 'merge heads' {' '.join(self.heads)}",
                 )
             case "empty_tree":
-                return SchemaError(
-                    self.verdict,
-                    "the tree has no revision",
-                    "check BIFROST_ALEMBIC_CONFIG and what the image holds",
-                )
+                todo = "check BIFROST_ALEMBIC_CONFIG and what the image holds"
+                return SchemaError(self.verdict, "the tree has no revision", todo)
         return None
 
 

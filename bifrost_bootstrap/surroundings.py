@@ -68,4 +68,6 @@ def _worker(settings: Settings, tree: Tree) -> str:
         return str(error)
     if consumers is None:
         return "not to be seen over this broker"
-    return f"{consumers or 'no'} bootstrap worker{'s' if consumers > 1 else ''} on {queue}"
+    # Right behind an `init --with-worker`, and told to whoever looks for a standing one.
+    spared = "" if consumers else "; `init --with-worker` needs none, but nobody guards the cache"
+    return f"{consumers or 'no'} bootstrap worker{'s' if consumers > 1 else ''} on {queue}{spared}"

@@ -118,10 +118,8 @@ def _locate(settings: Settings) -> tuple[Path, str]:
     named = settings.alembic_config
     if named == "builtin":
         return BUILTIN, "BIFROST_ALEMBIC_CONFIG=builtin"
-    if named:
-        config, why = Path(named), "BIFROST_ALEMBIC_CONFIG or ALEMBIC_CONFIG names it"
-    else:
-        config, why = environment.DEFAULT_TREE, "found in the working folder"
+    config = Path(named) if named else environment.DEFAULT_TREE
+    why = "BIFROST_ALEMBIC_CONFIG or ALEMBIC_CONFIG names it" if named else "found in the working folder"
     if config.is_file():
         return config.resolve(), why
     if named:
@@ -199,6 +197,8 @@ def ask_alembic(config: Path, python: str, request: Mapping[str, Any], **variabl
     The answer of the tree's own Alembic to one request, in its own process (`alembic_child.py`).
 
     Where it fails, the answer has a `message` and nothing else that was asked for. variables: for its environment.
+
+    Raises SettingsError where the interpreter does not start, or has no Alembic.
     """
     try:
         child = subprocess.run(  # noqa: S603  (the operator's own interpreter)
@@ -210,9 +210,11 @@ def ask_alembic(config: Path, python: str, request: Mapping[str, Any], **variabl
     except subprocess.TimeoutExpired:
         return {"message": f"no answer within {ASK_TIMEOUT:.0f}s"}
     except OSError as error:
-        raise does_not_start(python, error) from error
+        raise unfit(python, f"does not start: {error.strerror}") from error
     lines = child.stderr.splitlines() or [f"its interpreter ended with code {child.returncode}"]
     answer: dict[str, Any] = json.loads(child.stdout or "{}")
+    if answer.get("kind") == "no_alembic":
+        raise unfit(python, answer["message"])
     return {"message": lines[-1], **answer}
 
 
@@ -221,17 +223,11 @@ def _described(config: Path, python: str) -> list[Revision]:
     if "revisions" not in answer:
         raise MigrationError("", "", "", f"{config} cannot be read: {answer['message']}", "", [])
     return [
-        Revision(
-            item["revision"],
-            item["title"],
-            tuple(item["down"]),
-            tuple(item["depends_on"]),
-            tuple(item["labels"]),
-        )
+        Revision(item["revision"], item["title"], *(tuple(item[key]) for key in ("down", "depends_on", "labels")))
         for item in answer["revisions"]
     ]
 
 
-def does_not_start(python: str, error: OSError) -> SettingsError:
-    """The tree's interpreter cannot be run."""
-    return SettingsError([f"BIFROST_ALEMBIC_PYTHON names {python}, which does not start: {error.strerror}"])
+def unfit(python: str, why: str) -> SettingsError:
+    """The tree's interpreter cannot run the tree. why: what it does or lacks."""
+    return SettingsError([f"BIFROST_ALEMBIC_PYTHON names {python}, which {why}"])

@@ -18,14 +18,7 @@ ASYNCPG_ONLY = frozenset(
     }
 )  # fmt: skip
 #: asyncpg's `ssl=` takes booleans too.
-_SSL_WORDS = {
-    "true": "require",
-    "1": "require",
-    "on": "require",
-    "false": "disable",
-    "0": "disable",
-    "off": "disable",
-}
+_SSL_WORDS = dict.fromkeys(("true", "1", "on"), "require") | dict.fromkeys(("false", "0", "off"), "disable")
 #: What follows the scheme. Not urlsplit: a password may hold any character, also unescaped. Of several readings
 #: the first "@" counts after which address and query are well formed, so that a query may hold one too.
 _HOST = r"(?:\[[^\]@/?#]*\]|[^@/?#:,\[\]]*)(?::\d*)?"

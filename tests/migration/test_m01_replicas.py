@@ -7,7 +7,8 @@ import json
 import pytest
 
 from tests.conftest import BOOTSTRAP, StartCommand, StartWorker
-from tests.migration.steps import Tree, applied, concurrent_index, recorded
+from tests.migration.conftest import StartMigrate
+from tests.migration.steps import Barrier, Tree, applied, barrier, concurrent_index, lock_sessions, outcome, recorded
 from tests.servers import Database
 
 REPLICAS = 20
@@ -33,3 +34,21 @@ def test_m01_twenty_inits_at_once(
     assert {json.loads(one.stdout)["schema_state"]["verdict"] for one in done} == {"at_head"}
     assert applied(database) == {"one": 1, "two": 1, "three": 1, "four": 1}
     assert recorded(database) == ["four"]
+
+
+def test_m01_waiter_logs_whom_it_waits_for(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Whoever has called a migrate by hand reads in the worker's log who holds the lock, from where and since when."""
+    tree.revision("one").revision("two", barrier())
+    with Barrier(database) as stop:
+        first = start_migrate(BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
+        stop.reached()
+        (holder,) = lock_sessions(database)
+        second = start_migrate()
+        second.wait_for(
+            r"INFO +waiting for the migration lock, held by bifrost-bootstrap migration-lock \S+"
+            rf" \(pid {holder} from \S+\) since \d{{4}}-\d\d-\d\dT"
+        )
+        stop.release()
+        done = [outcome(first), outcome(second)]
+    assert [one.code for one in done] == [0, 0]
+    assert applied(database) == {"one": 1, "two": 1}

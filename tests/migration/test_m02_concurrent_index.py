@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from bifrost_bootstrap import lock
+from bifrost_bootstrap.blockers import BlockerWatch
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.urls import parse_postgres
 from tests.migration.conftest import StartMigrate
 from tests.migration.steps import Barrier, Tree, applied, barrier, concurrent_index, index_states, outcome
 from tests.servers import Database
@@ -30,3 +34,21 @@ def test_m02_index_is_built_while_five_wait(database: Database, tree: Tree, star
     assert all(one.applied == [] for one in done[1:])
     assert applied(database) == {"one": 1, "two": 1}
     assert index_states(database) == {"ix_two": True}
+
+
+def test_m02_looks_on_the_locks_connection_leave_no_snapshot(database: Database) -> None:
+    """When the runner begins, and after each look at who is in its way, the lock's session holds no snapshot."""
+    url = parse_postgres(database.url)
+
+    def snapshot() -> object:
+        query = "SELECT backend_xmin::text FROM pg_stat_activity WHERE pid = %s"
+        return database.execute(query, (held.proof.pid,))[0][0]
+
+    with lock.hold(url, Deadline(10), lambda _what: None) as held:
+        assert snapshot() is None
+        with held.look() as connection:
+            BlockerWatch(url).look(connection)
+            assert snapshot() is not None  # the control
+        assert snapshot() is None
+        assert held.end_runners() == []
+        assert snapshot() is None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import psycopg
 import pytest
 
-from tests.migration.conftest import StartMigrate
+from tests.migration.conftest import StartMigrate, StartPool
 from tests.migration.steps import (
     Barrier,
     Outcome,
@@ -24,38 +23,13 @@ from tests.migration.steps import (
     outcome,
     recorded,
 )
-from tests.servers import Database, PgbouncerServer, Postgres, PostgresServer, RunFolder
+from tests.servers import Database, PgbouncerServer
 from tests.servers.process import wait_until
 
-StartServer = Callable[[PgbouncerServer], PgbouncerServer]
-
-
-class StartPool(Protocol):
-    """Type of `start_pool`."""
-
-    def __call__(self, pool_size: int, **settings: str) -> PgbouncerServer: ...
-
-
-#: Below the pause between two statements that keep the lock's connection alive: only turning it off helps.
-ROLE_TIMEOUT = "500ms"
 #: Longer than any timer of these tests, by several times.
 LONG = 'op.execute("SELECT pg_sleep(5)")'
 #: What PgBouncer itself keeps in step with its clients.
 TRACKED = ["application_name", "client_encoding", "DateStyle", "standard_conforming_strings", "TimeZone"]
-
-
-@pytest.fixture
-def start_pool(run_folder: RunFolder, postgres: Postgres, database: Database, start_server: StartServer) -> StartPool:
-    """Start a PgBouncer with pools of this size before a database that ends idle transactions soon."""
-    if not isinstance(postgres, PostgresServer):
-        pytest.skip("PgBouncer stands before a server of our own")
-    database.execute(f"ALTER DATABASE \"{database.name}\" SET idle_in_transaction_session_timeout = '{ROLE_TIMEOUT}'")
-
-    def start(pool_size: int, **settings: str) -> PgbouncerServer:
-        timers = {"idle_transaction_timeout": "2", "query_wait_timeout": "60", **settings}
-        return start_server(PgbouncerServer(run_folder, postgres, pool_size=pool_size, settings=timers))
-
-    return start
 
 
 def left_behind(pool: PgbouncerServer, database: Database) -> list[tuple[object, ...]]:
@@ -168,6 +142,70 @@ def test_m03_results_outside_a_transaction(
     assert (done.code, done.applied) == (0, ["one", "two"]), done.log
     assert database.execute("SELECT count(*) FROM many WHERE done") == [(29,)]
     assert pool is None or left_behind(pool, database) == []
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["direct", "pooled"])
+def test_m03_statement_cache_of_the_url(
+    database: Database, tmp_path: Path, start_migrate: StartMigrate, start_pool: StartPool, pooled: bool
+) -> None:
+    """A tree whose URL wants asyncpg to keep prepared statements runs the same text again and again, at the first try,
+    and leaves none behind.
+    """
+    pool = start_pool(20) if pooled else None
+    url = f"{pool.url(database.name) if pool else database.url}?prepared_statement_cache_size=500"
+    batch = 'op.execute("UPDATE applied SET pid = pid")'
+    body = f"with op.get_context().autocommit_block():\n        for _ in range(3):\n            {batch}"
+    tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one").revision("two", body)
+    done = outcome(start_migrate(deadline=20, BIFROST_DATABASE_URL=url, BIFROST_ALEMBIC_CONFIG=str(tree.config)))
+    assert (done.code, done.applied) == (0, ["one", "two"]), done.facts
+    assert "trying again" not in done.log
+    assert pool is None or left_behind(pool, database) == []
+
+
+def test_m03_tree_with_connections_of_its_own(database: Database, tmp_path: Path, start_migrate: StartMigrate) -> None:
+    """An engine with an `async_creator` keeps what asyncpg has prepared for it, from one transaction to the next."""
+    batch = 'op.execute("UPDATE applied SET pid = pid")'
+    loose = f"with op.get_context().autocommit_block():\n        {batch}"
+    tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one", batch).revision("two", loose)
+    tree.revision("three", batch)
+    env = tree.folder / "env.py"
+    ours = "create_async_engine(DATABASE_URL)"
+    create = 'lambda: __import__("asyncpg").connect(DATABASE_URL.replace("+asyncpg", ""))'
+    assert ours in env.read_text()
+    env.write_text(
+        env.read_text().replace(ours, f'create_async_engine("postgresql+asyncpg://", async_creator={create})')
+    )
+    done = outcome(start_migrate(deadline=20, BIFROST_ALEMBIC_CONFIG=str(tree.config)))
+    assert (done.code, done.applied) == (0, ["one", "two", "three"]), done.facts
+    assert "trying again" not in done.log
+    assert applied(database) == {"one": 1, "two": 1, "three": 1}
+
+
+#: The server refuses it at COMMIT.
+DEFERRED = """
+    op.execute("CREATE TABLE parent (n int PRIMARY KEY)")
+    op.execute("CREATE TABLE child (n int CONSTRAINT no REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+    op.execute("INSERT INTO child VALUES (1)")
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ('op.execute("SELECT count(*) FROM applied")\n    raise ValueError("no")', "no"),
+        (DEFERRED, 'insert or update on table "child" violates foreign key constraint "no"'),
+    ],
+    ids=["raised", "at COMMIT"],
+)
+def test_m03_failed_revision_leaves_nothing(
+    database: Database, tmp_path: Path, start_migrate: StartMigrate, start_pool: StartPool, body: str, why: str
+) -> None:
+    """What asyncpg has prepared in a transaction that comes to nothing goes with it."""
+    tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one").revision("two", body)
+    pool = start_pool(20)
+    done = outcome(start_migrate(BIFROST_DATABASE_URL=pool.url(database.name), BIFROST_ALEMBIC_CONFIG=str(tree.config)))
+    assert (done.code, f"revision two (Revision two) failed: {why}" in done.facts["message"]) == (1, True), done.facts
+    assert left_behind(pool, database) == []
 
 
 def migrate_at_once(start_migrate: StartMigrate, url: str, tree: Tree, replicas: int) -> list[Outcome]:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.migration.conftest import StartMigrate
-from tests.migration.steps import Barrier, Tree, applied, barrier, is_alive, lock_sessions, outcome, recorded
+from tests.migration.steps import (
+    BARRIER_CLASS,
+    Barrier,
+    Tree,
+    applied,
+    barrier,
+    is_alive,
+    lock_sessions,
+    outcome,
+    recorded,
+)
 from tests.servers import Command, Database
 from tests.servers.process import wait_until
 
@@ -49,19 +61,29 @@ def test_m04_runner_without_lock_records_nothing(database: Database, tree: Tree,
 
 
 @pytest.mark.race
-def test_m04_nothing_outside_a_transaction(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """The lock is lost during a statement in an `autocommit_block`: the next one there does not run."""
-    more = "op.execute(\"INSERT INTO applied (revision) VALUES ('block')\")"
-    tree.revision("one").revision(
-        "two", f"with op.get_context().autocommit_block():\n        {barrier()}\n        {more}"
-    )
+@pytest.mark.parametrize("kind", ["plain", "asynchronous"])
+def test_m04_nothing_outside_a_transaction(
+    database: Database, tmp_path: Path, start_migrate: StartMigrate, kind: Literal["plain", "asynchronous"]
+) -> None:
+    """The lock is lost during a statement in an `autocommit_block`: the next one there does not run; with asyncpg,
+    whose statements get a transaction of their own, what this one has done is taken back too.
+    """
+    waits = "WITH stop AS (SELECT pg_advisory_xact_lock_shared({}, 1)) INSERT INTO applied SELECT 'waits' FROM stop"
+    lines = [waits.format(BARRIER_CLASS), "INSERT INTO applied (revision) VALUES ('next')"]
+    block = "".join(f'\n        op.execute("{line}")' for line in lines)
+    tree = Tree(tmp_path / kind, kind).revision("one")
+    tree.revision("two", f"with op.get_context().autocommit_block():{block}")
     with Barrier(database) as stop:
-        step = start_migrate(env=PATIENT)
+        step = start_migrate(env=PATIENT, BIFROST_ALEMBIC_CONFIG=str(tree.config))
         lose_lock_of_frozen(step, database, stop)
-    assert (recorded(database), applied(database)) == (["one"], {"one": 1})
+    committed = kind == "plain"
+    assert (recorded(database), applied(database)) == (["one"], {"one": 1} | ({"waits": 1} if committed else {}))
     step.send_signal(signal.SIGCONT)
     assert outcome(step).code == 0
-    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "block": 1, "two": 1})
+    assert (recorded(database), applied(database)) == (
+        ["two"],
+        {"one": 1, "waits": 1 + committed, "next": 1, "two": 1},
+    )
 
 
 @pytest.mark.race

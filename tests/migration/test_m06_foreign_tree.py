@@ -106,3 +106,23 @@ def test_m06_interpreter_that_does_not_start(tree: Tree, start_migrate: StartMig
     done = outcome(start_migrate(BIFROST_ALEMBIC_PYTHON=str(tmp_path / "python")))
     assert (done.code, done.facts["error"]) == (78, "SettingsError")
     assert f"BIFROST_ALEMBIC_PYTHON names {tmp_path / 'python'}" in done.facts["message"]
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["upgrade", "describe"])
+def test_m06_interpreter_without_alembic(
+    database: Database, tree: Tree, start_migrate: StartMigrate, tmp_path: Path, asked: bool
+) -> None:
+    """BIFROST_ALEMBIC_PYTHON without Alembic ends in 78 with its name and what is missing, at the first try, whether
+    the tree is read from its source or Alembic has to be asked for it.
+    """
+    tree.revision("one")
+    if asked:
+        tree.config.write_text(f"{tree.config.read_text()}\nversion_locations = %(here)s/versions\n")
+    venv.create(tmp_path / "bare", with_pip=False)
+    python = tmp_path / "bare/bin/python"
+    done = outcome(start_migrate(BIFROST_ALEMBIC_PYTHON=str(python)))
+    assert (done.code, done.facts["error"]) == (78, "SettingsError"), done.facts
+    assert f"BIFROST_ALEMBIC_PYTHON names {python}, which has no Alembic" in done.facts["message"]
+    assert "No module named 'alembic'" in done.facts["message"]
+    assert "trying again" not in done.log
+    assert database.execute("SELECT to_regclass('alembic_version')::text") == [(None,)]

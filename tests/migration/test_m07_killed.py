@@ -83,6 +83,45 @@ def test_m07_killed_outside_a_transaction(
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
 
 
+@pytest.mark.race
+def test_m07_all_killed_outside_a_transaction(database: Database, tmp_path: Path, start_migrate: StartMigrate) -> None:
+    """SIGKILL of holder and runner while asyncpg runs a statement in an `autocommit_block`: the server notices itself,
+    as it does within a transaction of the tree.
+    """
+    block = f"with op.get_context().autocommit_block():\n        {barrier()}"
+    tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one").revision("two", block)
+    with Barrier(database) as stop:
+        step = start_migrate(BIFROST_ALEMBIC_CONFIG=str(tree.config))
+        session = stop.reached()
+        step.kill()
+        wait_until(lambda: not is_alive(database, session), "the end of the dead runner's session", 20)
+    assert outcome(start_migrate(BIFROST_ALEMBIC_CONFIG=str(tree.config))).code == 0
+    assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
+
+
+@pytest.mark.parametrize(
+    ("version", "interval"),
+    [
+        (None, "1s"),
+        ("PostgreSQL 14.9 on aarch64-apple-darwin22.6.0, compiled by Apple clang version 14.0.3, 64-bit", "0"),
+    ],
+    ids=["Linux", "macOS"],
+)
+def test_m07_server_that_cannot_check_its_connections(
+    database: Database, tree: Tree, start_migrate: StartMigrate, version: str | None, interval: str
+) -> None:
+    """Only a server that says it is on Linux is told to look whether its client is there; others refuse the setting."""
+    if version:
+        # There is no such server here; this one gives itself out for it.
+        database.execute(f'ALTER DATABASE "{database.name}" SET search_path = public, pg_catalog')
+        database.execute(f"CREATE FUNCTION public.version() RETURNS text LANGUAGE sql AS $$ SELECT '{version}' $$")
+    setting = "current_setting('client_connection_check_interval')"
+    tree.revision("one", f'op.execute("CREATE TABLE seen AS SELECT {setting} AS interval")')
+    assert outcome(start_migrate()).code == 0
+    assert database.execute("SELECT interval FROM seen") == [(interval,)]
+
+
+@pytest.mark.race
 def test_m07_build_that_another_role_has_left(
     postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:

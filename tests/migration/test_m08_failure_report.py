@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pytest
+from psycopg import sql
 
 from tests.migration.conftest import StartMigrate
 from tests.migration.steps import Tree, applied, outcome, recorded
-from tests.servers import Database
+from tests.servers import Database, Postgres
 from tests.servers.leaks import leaks_in
 
 #: Raises an error of the server with a hint and a detail.
@@ -118,6 +119,7 @@ def test_m08_process_that_dies_every_time(database: Database, tree: Tree, start_
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.faults  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize(("kind", "wrong"), [("plain", "password"), ("asynchronous", "database")])
 def test_m08_own_url_of_env_py_is_refused(
     database: Database,
@@ -140,6 +142,27 @@ def test_m08_own_url_of_env_py_is_refused(
     assert (done.code, done.facts["error"]) == (78, "RefusedError")
     assert ("does not exist" if wrong == "database" else "authentication failed") in done.facts["message"]
     assert done.log.count("trying again") > 1
+
+
+def test_m08_login_that_comes_later(
+    postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """A role for migrations that the server's first start has not made yet is tried again, and then migrates."""
+    tree.revision("one")
+    parts = urlsplit(database.url)
+    role, password = f"late_{database.name}", unquote(parts.password or "")
+    url = urlunsplit(parts._replace(netloc=f"{role}:{parts.netloc.partition(':')[2]}"))
+    migrating = start_migrate(BIFROST_MIGRATION_DATABASE_URL=url)
+    migrating.wait_for(r"refuses us: .*trying again")
+    create = sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}")
+    with postgres.admin() as admin:
+        admin.execute(create.format(sql.Identifier(role), sql.Literal(password), sql.Identifier(parts.username or "")))
+    try:
+        done = outcome(migrating)
+    finally:
+        with postgres.admin(database.name) as admin:
+            admin.execute(sql.SQL("DROP OWNED BY {0} CASCADE; DROP ROLE {0}").format(sql.Identifier(role)))
+    assert (done.code, done.applied) == (0, ["one"])
 
 
 def test_m08_applied_counts_earlier_attempts(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import re
 from functools import partial
 
-from tests.migration.conftest import StartMigrate
+import pytest
+
+from tests.migration.conftest import StartMigrate, StartPool
 from tests.migration.steps import (
     Barrier,
     Tree,
@@ -68,6 +70,22 @@ def test_m11_site_goes_on_and_the_revision_is_tried_again(
     assert (done.code, done.applied, applied(database)) == (0, ["two"], {"one": 1, "two": 1})
 
 
+def test_m11_busy_names_who_is_in_the_way_behind_a_pool_of_two(
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """Where lock and runner have all connections of the pool, the 75 names the session in the way all the same."""
+    prepare(database, tree, start_migrate, ALTER)
+    pool = start_pool(2)
+    with database.connect() as report:
+        report.execute("SET application_name = 'quarterly report'; SET idle_in_transaction_session_timeout = 0")
+        report.execute("BEGIN; SELECT * FROM applied")
+        done = outcome(start_migrate(deadline=4, BIFROST_DATABASE_URL=pool.url(database.name)))
+        pid = report.info.backend_pid
+    assert (done.code, done.facts["error"]) == (75, "BusyError")
+    assert f"pid {pid} (user bifrost, application 'quarterly report', idle" in done.facts["message"]
+    assert recorded(database) == ["one"]
+
+
 def test_m11_concurrent_build_has_no_lock_timeout(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
     """A concurrent build waits for a writer much longer than the lock timeout, and leaves a valid index."""
     prepare(database, tree, start_migrate, concurrent_index("ix_two"))
@@ -83,15 +101,19 @@ def test_m11_concurrent_build_has_no_lock_timeout(database: Database, tree: Tree
     assert "trying again" not in done.log
 
 
-def test_m11_deadline_ends_a_build_that_waits(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A concurrent build that waits for a writer past the deadline ends in 75, names it, and is gone from the server;
-    the next run heals what it left.
+@pytest.mark.parametrize("pool_size", [0, 2], ids=["direct", "pool of two"])
+def test_m11_deadline_ends_a_build_that_waits(
+    request: pytest.FixtureRequest, database: Database, tree: Tree, start_migrate: StartMigrate, pool_size: int
+) -> None:
+    """A concurrent build that waits for a writer past the deadline ends in 75, names it, and is gone from the server,
+    also where lock and runner have all connections of a pool; the next run heals what it left.
     """
     prepare(database, tree, start_migrate, concurrent_index("ix_two"))
+    url = request.getfixturevalue("start_pool")(pool_size).url(database.name) if pool_size else database.url
     with database.connect() as writer:
-        writer.execute("SET application_name = 'forgotten'")
+        writer.execute("SET application_name = 'forgotten'; SET idle_in_transaction_session_timeout = 0")
         writer.execute("BEGIN; INSERT INTO applied (revision) VALUES ('open')")
-        done = outcome(start_migrate(deadline=3))
+        done = outcome(start_migrate(deadline=3, BIFROST_DATABASE_URL=url))
         assert (done.code, done.facts["error"]) == (75, "BusyError")
         assert re.search(r"pid \d+ \(user bifrost, application 'forgotten', idle in transaction", done.facts["message"])
         wait_until(lambda: not builds(database), "the end of the build")

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
 
+from bifrost_bootstrap import postgres as ours
+from bifrost_bootstrap.urls import parse_postgres
 from tests.migration.conftest import StartMigrate
-from tests.migration.steps import Tree, applied, concurrent_index, index_states, outcome, recorded, wait_for_statement
-from tests.servers import Database
+from tests.migration.steps import (
+    Barrier,
+    Tree,
+    applied,
+    barrier,
+    concurrent_index,
+    index_states,
+    outcome,
+    recorded,
+    wait_for_statement,
+)
+from tests.servers import Database, Postgres
+from tests.servers.process import wait_until
 
 
 def leave_invalid(database: Database, statement: str, before_cancel: Callable[[], object] = lambda: None) -> None:
@@ -63,6 +77,7 @@ def test_m13_names(database: Database, tree: Tree, start_migrate: StartMigrate, 
     assert list(index_states(database).values()) == [True]
 
 
+@pytest.mark.race
 def test_m13_if_not_exists_behind_a_build_that_fails(
     database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
@@ -89,6 +104,55 @@ def test_m13_if_not_exists_behind_a_build_that_fails(
     assert index_states(database) == {"ix_theirs": True}
 
 
+@pytest.mark.race
+def test_m13_hidden_build_of_another_table(
+    postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """While another role, whose progress ours may not see, builds an index on its own table, the INVALID index of the
+    revision's name is dropped and built anew all the same, and another one is reported.
+    """
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    leave_invalid(database, "CREATE INDEX CONCURRENTLY ix_two ON applied (revision)")
+    leave_invalid(database, "CREATE INDEX CONCURRENTLY ix_left ON applied (pid)")
+    tree.revision("two", concurrent_index("ix_two", if_not_exists=True, before=barrier()))
+    with Barrier(database) as stop:
+        step = start_migrate()
+        # Earlier, the step would wait for the build's end.
+        stop.reached()
+        with hidden_build(postgres, database, "theirs"):
+            stop.release()
+            done = outcome(step)
+    assert (done.code, done.applied) == (0, ["two"])
+    assert "dropped the INVALID index ix_two" in done.log
+    assert "index ix_left is INVALID" in done.log
+    assert index_states(database) == {"ix_two": True, "ix_left": False}
+
+
+@contextlib.contextmanager
+def hidden_build(postgres: Postgres, database: Database, table: str) -> Iterator[None]:
+    """The administrator builds an index on a table concurrently, which does not end before the block."""
+    statement = f"CREATE INDEX CONCURRENTLY ix_hidden ON {table} (revision)"
+    with postgres.admin(database.name) as builder, postgres.admin(database.name) as writer:
+        writer.execute(f"CREATE TABLE IF NOT EXISTS {table} (revision text)".encode())
+        writer.execute(f"BEGIN; INSERT INTO {table} VALUES ('open')".encode())
+        thread = threading.Thread(target=builder.execute, args=(statement.encode(),))
+        thread.start()
+        try:
+            wait_until(lambda: waits_for_writer(database, builder.info.backend_pid), "the build to wait")
+            yield
+        finally:
+            writer.execute("ROLLBACK")
+            thread.join()
+
+
+def waits_for_writer(database: Database, pid: int) -> bool:
+    """Whether this server process waits for the end of a transaction."""
+    return bool(
+        database.execute("SELECT 1 FROM pg_locks WHERE pid = %s AND locktype = 'virtualxid' AND NOT granted", (pid,))
+    )
+
+
 def test_m13_others_are_reported(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
     """INVALID indexes that are no revision's business are left alone and named with the statement that repairs them,
     which does.
@@ -110,6 +174,30 @@ def test_m13_others_are_reported(database: Database, tree: Tree, start_migrate: 
     assert index_states(database) == {"ix_kept": True, '"ix Other"': True, "ix_two": True}
 
 
+@pytest.mark.race
+def test_m13_hidden_build_of_the_same_table(
+    postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """The index that another role, whose progress ours may not see, is building is neither dropped nor reported."""
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    tree.revision("two", concurrent_index("ix_hidden", before=barrier()))
+    with Barrier(database) as stop:
+        step = start_migrate()
+        stop.reached()
+        with hidden_build(postgres, database, "applied"):
+            stop.release()
+            # Its build queues behind theirs; a drop would, too, and take the finished index.
+            wait_for_statement(database, "autocommit */ CREATE INDEX")
+            with ours.connect(parse_postgres(database.url), "test") as connection:
+                assert ours.invalid_indexes(connection) == {}
+        done = outcome(step)
+    assert (done.code, done.facts["error"]) == (1, "MigrationError")
+    assert 'relation "ix_hidden" already exists' in done.facts["message"]
+    assert index_states(database) == {"ix_hidden": True}
+
+
+@pytest.mark.race
 def test_m13_index_under_construction_is_not_dropped(
     database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:

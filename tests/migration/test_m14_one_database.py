@@ -17,6 +17,7 @@ LOOK = (
     "    from sqlalchemy import text\n"
     "    seen = {'args': ' '.join(sys.argv)} | {name: os.environ[name] for name in"
     " ('BIFROST_DATABASE_URL', 'DATABASE_URL')}\n"
+    "    seen['files'] = ' '.join(name for name in os.environ if name.endswith('DATABASE_URL_FILE'))\n"
     "    for name, value in seen.items():\n"
     '        op.get_bind().execute(text("INSERT INTO seen VALUES (:name, :value)"), dict(name=name, value=value))'
 )
@@ -26,15 +27,19 @@ def test_m14_env_py_gets_the_url_in_its_environment(
     database: Database, tree: Tree, start_migrate: StartMigrate, tmp_path: Path
 ) -> None:
     """The migration URL from a file reaches env.py as the operator wrote it, driver suffix and all, under both names,
-    although DATABASE_URL named another database; and not as an argument.
+    although DATABASE_URL named another database; not as an argument, and with no file beside it that names another.
     """
     tree.revision("one", LOOK)
+    other = tmp_path / "other"
+    other.write_text("postgresql://pooler.invalid/other")
     secret = tmp_path / "url"
     secret.write_text(database.url_for("asyncpg") + "?ssl=disable\n")
     written = secret.read_text().strip()
     done = outcome(
         start_migrate(
-            BIFROST_DATABASE_URL="postgresql://pooler.invalid/other",
+            BIFROST_DATABASE_URL="",
+            BIFROST_DATABASE_URL_FILE=str(other),
+            DATABASE_URL_FILE=str(other),
             DATABASE_URL="postgresql://nowhere.invalid/other",
             BIFROST_MIGRATION_DATABASE_URL_FILE=str(secret),
             BIFROST_ALEMBIC_CONFIG=str(dropping_ssl(tree)),
@@ -44,6 +49,7 @@ def test_m14_env_py_gets_the_url_in_its_environment(
     seen = dict(database.execute("SELECT name, value FROM seen"))
     assert seen["BIFROST_DATABASE_URL"] == seen["DATABASE_URL"] == written
     assert "://" not in seen["args"]
+    assert seen["files"] == "BIFROST_MIGRATION_DATABASE_URL_FILE"
 
 
 def dropping_ssl(tree: Tree) -> Path:
@@ -106,6 +112,20 @@ def test_m14_another_version_table_is_named(
     assert (done.code, done.applied) == (0, ["one"])
     done = outcome(start_migrate(BIFROST_ALEMBIC_VERSION_TABLE=table))
     assert (done.code, done.facts["verdict"], done.applied) == (0, "at_head", [])
+    assert applied(database) == {"one": 1}
+
+
+def test_m14_version_table_that_is_none_of_alembics(
+    database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """A variable that names a table of the platform is 78 with both, and nothing is changed."""
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    tree.revision("two")
+    done = outcome(start_migrate(BIFROST_ALEMBIC_VERSION_TABLE="workspace_files"))
+    assert (done.code, done.facts["error"]) == (78, "SettingsError")
+    assert "BIFROST_ALEMBIC_VERSION_TABLE: workspace_files is no version table of Alembic" in done.facts["message"]
+    assert 'column "version_num" does not exist' in done.facts["message"]
     assert applied(database) == {"one": 1}
 
 
