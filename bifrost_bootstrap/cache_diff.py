@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, LiteralString
 
 import psycopg
+from psycopg.types.string import ByteaBinaryLoader
 
 from bifrost_bootstrap import module_cache, postgres
 from bifrost_bootstrap.errors import WarmError
@@ -19,10 +20,6 @@ from bifrost_bootstrap.urls import PostgresUrl
 _MODULES: LiteralString = (
     " FROM workspace_files WHERE entity_type = 'module' AND NOT is_deleted AND content IS NOT NULL"
 )
-#: UTF-8 whatever the encoding of the database.
-_PATH: LiteralString = "convert_to(path, 'UTF8')"
-#: How the entry of a row ends if its `content_hash` is right.
-_TAIL: LiteralString = """convert_to(content_hash || '"}', 'UTF8')"""
 _COMPUTED_HASH: LiteralString = "encode(sha256(convert_to(content, 'UTF8')), 'hex')"
 #: `content_hash` is trusted where it is this many of these. (A regular expression in the query would take longer
 #: than all the rest of a comparison.)
@@ -37,7 +34,7 @@ _ROWS_A_FETCH, _PATHS_A_QUERY = 5000, 1000
 SHRINK_ENTRIES, SHRINK_SHARE = 20, 0.5
 
 
-#: Path and content of a row, and how its entry ends if its `content_hash` is right.
+#: Path, content and `content_hash` of a row.
 Content = tuple[str, str, bytes | None]
 
 
@@ -106,18 +103,21 @@ class Snapshot:
         self._connection = connection
         self.heads = postgres.database_heads(connection, version_table)
 
-    def tails(self) -> Iterator[tuple[bytes | None, bytes | None]]:
-        """Path of every module, and how its entry ends if its `content_hash` is right."""
+    def hashes(self) -> Iterator[tuple[bytes | None, bytes | None]]:
+        """Path and `content_hash` of every module."""
         with self._connection.cursor("modules", binary=True) as cursor:
-            cursor.execute(f"SELECT {_PATH}, {_TAIL}{_MODULES}")
+            _take_bytes(cursor)
+            cursor.execute(f"SELECT path, content_hash{_MODULES}")
             while rows := cursor.fetchmany(_ROWS_A_FETCH):
                 yield from rows  # type: ignore[misc]
 
-    def computed_hashes(self, paths: list[bytes]) -> Iterator[tuple[bytes, str]]:
+    def computed_hashes(self, paths: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """Path and the hash of what is in the row; slow, as PostgreSQL reads all of the content."""
-        query: LiteralString = f"SELECT {_PATH}, {_COMPUTED_HASH}{_MODULES} AND path = ANY(%s)"
-        for part in _parts(paths):
-            yield from self._connection.cursor(binary=True).execute(query, (part,))
+        query: LiteralString = f"SELECT path, {_COMPUTED_HASH}{_MODULES} AND path = ANY(%s)"
+        with self._connection.cursor(binary=True) as cursor:
+            _take_bytes(cursor)
+            for part in _parts(paths):
+                yield from cursor.execute(query, (part,))
 
     def bytes_of(self, paths: list[bytes]) -> int:
         """Bytes of the content of these modules, without reading it."""
@@ -126,7 +126,7 @@ class Snapshot:
 
     def contents(self, paths: list[bytes], *, all_rows: bool) -> Iterator[Content]:
         """These modules; `all_rows` reads all, which is faster for most of them."""
-        query: LiteralString = f"COPY (SELECT path, content, {_TAIL}{_MODULES}"
+        query: LiteralString = f"COPY (SELECT path, content, content_hash{_MODULES}"
         wanted = set(paths) if all_rows else set()
         with self._connection.cursor() as cursor:
             for part in [None] if all_rows else _parts(paths):
@@ -136,6 +136,12 @@ class Snapshot:
                     for row in copy.rows():
                         if part or (row[0] is not None and row[0].encode() in wanted):
                             yield row
+
+
+def _take_bytes(cursor: psycopg.Cursor[Any]) -> None:
+    """Let this cursor make no text of text: the paths in Redis are bytes. (The server's own conversion is slow.)"""
+    for name in ("text", "varchar"):
+        cursor.adapters.register_loader(name, ByteaBinaryLoader)
 
 
 def _parts(paths: list[bytes]) -> Iterator[list[str]]:
@@ -165,19 +171,21 @@ def snapshots(
         try:
             yield take
         except psycopg.errors.UndefinedTable as error:
-            raise WarmError(f"{url} has no table workspace_files; migrate first") from error
+            raise WarmError(
+                f"{url} has no table workspace_files: not migrated, or not the platform's database"
+            ) from error
         except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.InsufficientPrivilege):
             raise
         except psycopg.Error as error:
             raise WarmError(f"table workspace_files of {url}: {error.diag.message_primary or error}") from error
 
 
-def trusted(said: bytes | None) -> str | None:
-    """The hash with which an entry ends by its row, or None where that is no sha-256 in hex."""
-    if said is None or len(said) != module_cache.TAIL:
+def trusted(said: bytes | None) -> bytes | None:
+    """This `content_hash` as an entry has it, or None where it is no sha-256 in hex."""
+    if said is None or len(said) != _HASH_DIGITS:
         return None
-    digits = said[:_HASH_DIGITS].lower()
-    return None if digits.translate(None, _DIGITS) else digits.decode()
+    digits = said.lower()
+    return None if digits.translate(None, _DIGITS) else digits
 
 
 def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> CacheDiff:
@@ -188,7 +196,7 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
     """
     diff = CacheDiff(indexed=len(states.tails))
     tails, loose, off_policy = states.tails, states.loose, states.off_policy
-    matched = 0
+    matched = unmatched = 0
 
     def sort(path: bytes, found: bytes, *, indexed: bool, same: bool) -> None:
         if not same:
@@ -201,33 +209,44 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
 
     # Entries that are not as their row says, but perhaps as its content is: `content_hash` lies, or is none.
     doubtful: dict[bytes, bytes] = {}
-    for path, said in rows.tails():
+    for path, said in rows.hashes():
+        indexed = tails.get(path)  # type: ignore[arg-type]
+        # So it is for nearly all of them, and what follows would take five times as long.
+        if (
+            indexed
+            and said
+            and len(said) == _HASH_DIGITS
+            and indexed == said + module_cache.TAIL_END
+            and not (said.translate(None, _DIGITS) or full or path in off_policy)
+        ):
+            matched += 1
+            continue
         if path is None or path == module_cache.COLLIDING_PATH:
             why = "its entry would be the index itself" if path else "a module without a path"
             diff.odd.append((path.decode() if path else "", why))
             continue
-        diff.modules += 1
-        indexed = tails.get(path)
-        matched += indexed is not None
-        # So it is for nearly all of them, and what follows would take five times as long.
-        if (
-            said
-            and indexed == said
-            and not (said[:_HASH_DIGITS].translate(None, _DIGITS) or full or path in off_policy)
-        ):
-            continue
-        found = loose.get(path, b"") if indexed is None else indexed
+        if indexed is not None:
+            matched += 1
+        else:
+            unmatched += 1
+            # And so for all of them in a first fill.
+            if path not in loose:
+                diff.added.append(path)
+                diff.compared[path] = b""
+                continue
+        found = loose[path] if indexed is None else indexed
         wanted = trusted(said)
         same = not full and wanted is not None and found == module_cache.tail(wanted)
         if same or full or not found:
             sort(path, found, indexed=indexed is not None, same=same)
         else:
             doubtful[path] = found
+    diff.modules = matched + unmatched
     for path, computed in rows.computed_hashes(list(doubtful)):
         found = doubtful[path]
         sort(path, found, indexed=path in tails, same=found == module_cache.tail(computed))
     if matched < len(tails):
-        present = {path for path, _ in rows.tails() if path != module_cache.COLLIDING_PATH}
+        present = {path for path, _ in rows.hashes() if path != module_cache.COLLIDING_PATH}
         diff.removed = [path for path in tails if path not in present]
         diff.compared |= {path: tails[path] for path in diff.removed}
     return diff

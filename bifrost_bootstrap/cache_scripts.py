@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-# A key of another type has no tail that a row could have. Numbers as strings: Redis formats each anew otherwise.
+# A key of another type has no tail that a row could have; any other error is raised, by the second call with its line.
+# Numbers as strings: Redis formats each anew otherwise.
 _TAIL_OF = """
 local call, pcall = redis.call, redis.pcall
 local function tail_of(key)
   local tail = pcall('GETRANGE', key, '-66', '-1')
-  if type(tail) == 'table' then return '!' end
-  return tail
+  if type(tail) ~= 'table' then return tail end
+  if tail['err']:find('WRONGTYPE', 1, true) then return '!' end
+  return call('GETRANGE', key, '-66', '-1')
 end
 """
 
@@ -30,12 +32,20 @@ return {tails, off}
 """
 )
 
-# KEYS: entry prefix. ARGV: paths. Returns the SHA-1 of their tails, each on a line: cheaper to compare than the tails.
+# KEYS and ARGV: the same. Returns the SHA-1 of the tails, each on a line, which is cheaper to compare than they are; or
+# '' where an entry is off the policy.
 PROOF = (
     _TAIL_OF
     + """
+local prefix, paths = KEYS[1], ARGV
+local least, most = tonumber(paths[1]), tonumber(paths[2])
 local tails = {}
-for i = 1, #ARGV do tails[i] = tail_of(KEYS[1] .. ARGV[i]) end
+for i = 3, #paths do
+  local key = prefix .. paths[i]
+  local left = call('PTTL', key)
+  if left < least or left > most then return '' end
+  tails[i - 2] = tail_of(key)
+end
 return redis.sha1hex(table.concat(tails, '\\n'))
 """
 )

@@ -8,6 +8,7 @@ it finds is mended by the public task, as if an operator had called it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from threading import Thread
 
@@ -53,10 +54,11 @@ class Guard:
         self._looks = 0
         #: Marker, index size and heads that a comparison has found to be right.
         self._known: Seen | None = None
-        self.interval = settings.cache_guard_interval / LOOKS
-        #: Entries that live for a time are renewed in the second half of it, which no look may miss.
-        renewal = settings.module_cache_ttl / 4 / self.interval if self.interval else 0
-        self._full_every = min(FULL_EVERY, max(1, int(renewal))) if renewal else FULL_EVERY
+        # Entries that live for a time are renewed in the second half of it, in which there are two comparisons.
+        renewal = settings.module_cache_ttl / 4 or math.inf
+        #: Seconds from one look to the next.
+        self.interval = min(settings.cache_guard_interval, renewal) / LOOKS
+        self._full_every = int(min(FULL_EVERY, renewal / self.interval)) if self.interval else FULL_EVERY
 
     def start_look(self) -> None:
         """Look in a thread, unless the last look is still going on."""
@@ -79,13 +81,17 @@ class Guard:
     def _difference(self) -> CacheDiff | None:
         """What differs for certain and may be mended, or None."""
         settings = self._settings
+        # A schema that is not ours to serve is left to its init. Before the turn: it is not for who cannot use it.
+        state = schemas.look(settings.database, self._tree, settings)
+        if not state.ready:
+            return None
         with redis_server.connect(settings.redis) as client:
             # A little shorter than the pause, or the next look would find the turn of the last.
             turn = max(1, round(900 * self.interval))
             if not client.set(TURN, b"1", nx=True, px=turn):
                 return None
             cache = ModuleCache(client, settings.module_cache_ttl)
-            found = self._suspicious(cache)
+            found = self._suspicious(cache, state.database_heads)
             if found is None:
                 return None
             first = self._compared(cache)
@@ -119,15 +125,12 @@ class Guard:
         ) as connection:
             return lock.holder(connection) is not None
 
-    def _suspicious(self, cache: ModuleCache) -> Seen | None:
-        """What the cheap look saw, if it is to be compared. A schema that is not ours to serve is left to its init."""
-        state = schemas.look(self._settings.database, self._tree, self._settings)
-        if not state.ready:
-            return None
+    def _suspicious(self, cache: ModuleCache, heads: tuple[str, ...]) -> Seen | None:
+        """What the cheap look saw, if it is to be compared."""
         marker, size = cache.marker(), cache.size()
-        found = (marker, size, state.database_heads)
+        found = (marker, size, heads)
         self._looks += 1
-        warmed = marker is not None and marker.tells(size, state.database_heads)
+        warmed = marker is not None and marker.tells(size, heads)
         return None if (warmed or found == self._known) and self._looks % self._full_every else found
 
     def _compared(self, cache: ModuleCache) -> CacheDiff:

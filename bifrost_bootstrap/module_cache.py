@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import redis
 
 from bifrost_bootstrap.cache_scripts import PROOF, RENEW, STATES, SWITCH
 from bifrost_bootstrap.errors import StagedLostError
+
+_Item = TypeVar("_Item")
 
 ENTRY = b"bifrost:module:"
 INDEX = b"bifrost:module:index"
@@ -28,12 +32,16 @@ OWN = b"bifrost:bootstrap:"
 MARKER = OWN + b"marker"
 #: The path whose entry would be the index itself.
 COLLIDING_PATH = b"index"
-#: Bytes at the end of an entry that tell what it holds: 64 hex digits, quote, brace.
+#: What follows the hash in an entry.
+TAIL_END = b'"}'
+#: Bytes at the end of an entry that tell what it holds: 64 hex digits and the two.
 TAIL = 66
 #: Paths in one call of a script that only reads; bounds how long Redis is blocked (3 ms measured for 1,000).
 READ_SLICE = 1000
 #: Such calls sent in one go, so that Redis works on the next while we read the last.
 READ_AHEAD = 8
+#: Batches sent whose answers are not read yet: Redis and we seldom wait for each other, and its input stays bounded.
+WRITE_AHEAD = 8
 #: Seconds that staged entries outlive a warm that died; renewed while it runs. Those that were written in place lie
 #: where a live writer's may lie too, so their time is not touched again: it has to do for all of the fill.
 STAGE_TTL, FILL_TTL = 300, 3600
@@ -45,8 +53,10 @@ def _rights_named(script: str) -> Iterator[None]:
     try:
         yield
     except redis.ResponseError as error:
-        line = re.search(r"user executing the script can't .*user_script:(\d+)", str(error))
-        if line is None:
+        # Redis 6.2 puts the line first, 7.2 and Valkey have other words.
+        refused = re.search("user executing the script can't|ACL failure in script", str(error))
+        line = re.search(r"user_script: *(\d+)", str(error))
+        if not (refused and line):
             raise
         called = re.findall(r"\bp?call\('(\w+)'", script.splitlines()[int(line[1]) - 1])
         words = f"a script needs {' and '.join(called).lower()}: {error}"
@@ -112,9 +122,9 @@ def entry(path: str, content: str, content_hash: str) -> bytes:
     return orjson.dumps({"content": content, "path": path, "hash": content_hash})
 
 
-def tail(content_hash: str) -> bytes:
+def tail(content_hash: bytes) -> bytes:
     """How the entry of a module with this hash ends."""
-    return content_hash.encode() + b'"}'
+    return content_hash + TAIL_END
 
 
 class ModuleCache:
@@ -122,6 +132,8 @@ class ModuleCache:
 
     def __init__(self, client: redis.Redis, ttl: float) -> None:
         self._client, self._ttl_ms = client, round(ttl * 1000)
+        # With a TTL an entry is renewed in the second half of its life, so that it never runs out between warms.
+        self._policy = (self._ttl_ms // 2, self._ttl_ms) if self._ttl_ms else (-1, -1)
 
     def states(self, more: Iterable[bytes] = ()) -> CacheStates:
         """What the cache holds for every path of the index and for `more`."""
@@ -131,36 +143,38 @@ class ModuleCache:
         return states
 
     def is_still(self, states: CacheStates) -> bool:
-        """Whether marker, index and every entry are as these say. Their time to live is not looked at."""
-        paths = list(states.tails)
-        expected: list[Any] = [states.marker, len(paths)]
-        with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.get(MARKER)
-            pipeline.scard(INDEX)
-            for start in range(0, len(paths), READ_SLICE):
-                part = paths[start : start + READ_SLICE]
-                pipeline.eval(PROOF, 1, ENTRY, *part)
-                lines = b"\n".join(states.tails[path] for path in part)
-                expected.append(hashlib.sha1(lines, usedforsecurity=False).hexdigest().encode())
-            with _rights_named(PROOF):
-                found: list[Any] = pipeline.execute()
-        return found == expected
+        """Whether marker, index and every entry are as these say, and every entry lives as the TTL policy wants."""
+        if (self._client.get(MARKER) or b"") != states.marker or self.size() != len(states.tails):
+            return False
+        slices = _slices(list(states.tails))
+        wanted = (_digest(states.tails[path] for path in one) for one in slices)
+        return all(map(operator.eq, self._run(PROOF, slices), wanted))
 
     def _read_tails(self, paths: list[bytes], tails: dict[bytes, bytes], off_policy: set[bytes]) -> None:
-        # With a TTL an entry is renewed in the second half of its life, so that it never runs out between warms.
-        policy = (self._ttl_ms // 2, self._ttl_ms) if self._ttl_ms else (-1, -1)
-        step = READ_SLICE * READ_AHEAD
-        for start in range(0, len(paths), step):
-            part = paths[start : start + step]
-            slices = [part[at : at + READ_SLICE] for at in range(0, len(part), READ_SLICE)]
-            with self._client.pipeline(transaction=False) as pipeline:
-                for one in slices:
-                    pipeline.eval(STATES, 1, ENTRY, *policy, *one)
-                with _rights_named(STATES):
-                    answers = pipeline.execute()
-                for one, (found, off) in zip(slices, answers, strict=True):
-                    tails.update(zip(one, found, strict=True))
-                    off_policy.update(one[number] for number in off)
+        slices = _slices(paths)
+        for one, (found, off) in zip(slices, self._run(STATES, slices), strict=True):
+            tails.update(zip(one, found, strict=True))
+            off_policy.update(one[number] for number in off)
+
+    def _run(self, script: str, slices: Iterable[Sequence[bytes]]) -> Iterator[Any]:
+        """What a script that only reads answers to each of these slices; Redis works on the next while we read one."""
+        with self._pipelined(READ_AHEAD) as line, _rights_named(script):
+            for paths in slices:
+                yield from line.send(_packed("EVAL", script, 1, ENTRY, *self._policy, *paths))
+            yield from line.answers()
+
+    @contextmanager
+    def _pipelined(self, most: int) -> Iterator[Pipelined]:
+        """A line for commands whose answers are read later. Raises what happens in the block."""
+        connection: Any = self._client.connection_pool.get_connection()
+        try:
+            yield Pipelined(connection, most)
+        except BaseException:
+            # Unread answers would be taken for those of the next command.
+            connection.disconnect()
+            raise
+        finally:
+            self._client.connection_pool.release(connection)
 
     def size(self) -> int:
         """Number of paths in the index."""
@@ -177,17 +191,9 @@ class ModuleCache:
     @contextmanager
     def stage(self, warm_id: str) -> Iterator[Stage]:
         """What one pass of a warm writes before its switch; all of it is stored when the block ends."""
-        connection: Any = self._client.connection_pool.get_connection()
-        try:
-            stage = Stage(connection, warm_id)
-            yield stage
-            stage.wait()
-        except BaseException:
-            # Unread answers would be taken for those of the next command.
-            connection.disconnect()
-            raise
-        finally:
-            self._client.connection_pool.release(connection)
+        with self._pipelined(WRITE_AHEAD) as line:
+            yield Stage(line, warm_id)
+            line.answers()
 
     def renew(self, warm_id: str) -> None:
         """Let staged entries live as long again."""
@@ -211,6 +217,28 @@ class ModuleCache:
         return Switched(list(paths), bool(undisturbed[0]))
 
 
+class Pipelined:
+    """A connection on which at most `most` batches of commands are sent before the answers to the first are read."""
+
+    def __init__(self, connection: Any, most: int) -> None:
+        self._connection, self._most = connection, most
+        #: Answers that each of the last batches will have.
+        self._unanswered: deque[int] = deque()
+
+    def send(self, packed: Iterable[bytes], answers: int = 1) -> list[Any]:
+        """Send a batch that will have so many answers; those that it was time to read. Raises the first error."""
+        self._connection.send_packed_command([b"".join(packed)])
+        self._unanswered.append(answers)
+        return self.answers(self._most)
+
+    def answers(self, left: int = 0) -> list[Any]:
+        """Read until no more than `left` batches are unanswered. Raises what Redis said against one."""
+        found: list[Any] = []
+        while len(self._unanswered) > left:
+            found += [self._connection.read_response() for _ in range(self._unanswered.popleft())]
+        return found
+
+
 class Stage:
     """
     Entries where no reader looks, and the plan of what the switch does with them.
@@ -218,9 +246,8 @@ class Stage:
     Nothing here waits for Redis, which stores one batch while the caller makes the next.
     """
 
-    def __init__(self, connection: Any, warm_id: str) -> None:
-        self._connection, self._prefix, self._plan = connection, stage_prefix(warm_id), plan_key(warm_id)
-        self._unanswered = 0
+    def __init__(self, line: Pipelined, warm_id: str) -> None:
+        self._line, self._prefix, self._plan = line, stage_prefix(warm_id), plan_key(warm_id)
         #: Entries in the plan.
         self.planned = 0
 
@@ -250,27 +277,25 @@ class Stage:
     def plan(self, operation: str, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Plan to "keep" (index, and put on policy) or to "remove" these (path, tail that it has now)."""
         steps = [(operation, path, tail) for path, tail in entries]
-        for start in range(0, len(steps), READ_SLICE):
-            self._send([], steps[start : start + READ_SLICE])
+        for part in _slices(steps):
+            self._send([], part)
 
     def _send(self, packed: list[bytes], steps: list[tuple[str, bytes, bytes]], answers: int = 0) -> None:
         if not steps:
             return
         packed += _packed("RPUSH", self._plan, *(word for step in steps for word in step))
         packed += _packed("EXPIRE", self._plan, FILL_TTL)
-        self._connection.send_packed_command([b"".join(packed)])
+        self._line.send(packed, answers + 2)
         self.planned += len(steps)
-        unanswered, self._unanswered = self._unanswered, answers + 2
-        self._read(unanswered)
 
-    def wait(self) -> None:
-        """Until all of it is stored. Raises what Redis said against it."""
-        self._read(self._unanswered)
-        self._unanswered = 0
 
-    def _read(self, answers: int) -> None:
-        for _ in range(answers):
-            self._connection.read_response()
+def _slices(items: list[_Item]) -> list[list[_Item]]:
+    return [items[start : start + READ_SLICE] for start in range(0, len(items), READ_SLICE)]
+
+
+def _digest(tails: Iterable[bytes]) -> bytes:
+    """As the script PROOF makes it."""
+    return hashlib.sha1(b"\n".join(tails), usedforsecurity=False).hexdigest().encode()
 
 
 def _packed(*words: object) -> Iterator[bytes]:

@@ -69,8 +69,6 @@ def translated(url: str) -> Iterator[None]:
         raise RefusedError(server, masked(str(error))) from error
     except _CLUSTER_ERRORS as error:
         raise WarmError(f"{server} {_IS_CLUSTER}") from error
-    except redis.exceptions.ReadOnlyError as error:
-        raise WarmError(f"{server} is a read-only replica; BIFROST_REDIS_URL must name the primary") from error
     except (redis.exceptions.BusyLoadingError, redis.ConnectionError, redis.TimeoutError, OSError) as error:
         cause = error.__cause__ or error.__context__ or error
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -79,6 +77,9 @@ def translated(url: str) -> Iterator[None]:
             raise CertificateError(server, NO_TLS_FILE) from error
         raise UnavailableError(server, masked(str(error))) from error
     except redis.ResponseError as error:
+        # Redis 6.2 says what a script met in the middle of other words.
+        if isinstance(error, redis.exceptions.ReadOnlyError) or "-READONLY " in str(error):
+            raise WarmError(f"{server} is a read-only replica; BIFROST_REDIS_URL must name the primary") from error
         raise WarmError(f"{server} says: {masked(str(error))}") from error
 
 

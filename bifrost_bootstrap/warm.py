@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,14 +30,17 @@ LAST_PASS = 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 #: Characters of content sent in one go: large enough to amortise a system call, small enough that neither
 #: PostgreSQL nor Redis waits while we are busy with the other.
-BATCH_SIZE = 500_000
+BATCH_SIZE = 1_000_000
 #: More added entries than this are written where they belong at once: no index names them before the switch, and
 #: it then has half as much to do.
 LARGE_FILL = 5000
-#: Seconds that Redis needs to switch one entry (72 to 95 ms for 10,000 measured), and when that is worth a warning.
-SWITCH_SECONDS, LONG_SWITCH = 0.0000095, 1.0
+#: Seconds that Redis needs to switch one entry (1.4 for 100,000 on the slowest machine seen), and how long a switch may
+#: take without a warning.
+SWITCH_SECONDS, LONG_SWITCH = 0.000014, 1.0
 #: What an entry takes in Redis beside its content (bytes), and what JSON and the allocator add to that (measured).
 ENTRY_BYTES, ENTRY_GROWTH = 300, 1.3
+#: Why a pass that found no difference is not the last.
+ANOTHER_WARM = "another warm has switched meanwhile"
 #: Paths named in a log line.
 NAMED_PATHS = 5
 
@@ -127,7 +131,7 @@ class _Warm:
                 )  # fmt: skip
             # Not before one comparison has followed a switch: the first finds what there was to do.
             if number == MOST_PASSES or (deadline.passed and number > 1):
-                raise UnsettledError(number, diff.summary())
+                raise UnsettledError(number, ANOTHER_WARM if diff.empty else diff.summary())
             # As large as the cache perhaps, and the next pass makes its own.
             del diff
             if number > 1:
@@ -136,16 +140,21 @@ class _Warm:
     def _pass(self, *, full: bool) -> tuple[CacheDiff, list[str], Switched]:
         """One comparison and one switch of what it found. Where that is no content, the switch confirms the cache."""
         self.report(Progress("warm", note=READING))
+        known, self.known = self.known, None
         # The cache first: what is written between the two reads is then found to differ, and left alone.
-        states = self._states()
+        states = known or self.cache.states(self.left_alone)
         self.report(Progress("warm", note=COMPARING))
-        with self.take() as rows:
+        with ThreadPoolExecutor(1) as beside, self.take() as rows:
+            # What we know was so before these rows were. Whether it still is may be asked while we compare.
+            still = beside.submit(self.cache.is_still, known) if known else None
             diff = cache_diff.compare(states, rows, full=full)
-            if diff.shrinks and not self.allow_shrink:
-                raise ShrinkError(len(diff.removed), diff.indexed, str(self.settings.database))
-            self._warn_of_little_room(diff, rows)
-            planned = self._stage(diff, rows, states, full=full)
+            is_so = still is None or still.result()
+            planned = self._stage(diff, rows, states, full=full) if is_so else 0
             heads = list(rows.heads)
+        if not is_so:
+            # Each as large as the cache, and the next reading makes its own.
+            del known, states, diff
+            return self._pass(full=full)
         marker = Marker(self.warm_id, diff.modules, heads, settled=diff.complete)
         switched = self._switch(planned, marker, states.marker)
         if switched.as_planned:
@@ -155,15 +164,6 @@ class _Warm:
             for kind in cache_diff.KINDS:
                 self.counts[kind] += len(getattr(diff, kind))
         return diff, heads, switched
-
-    def _states(self) -> CacheStates:
-        """
-        What the cache holds: as our last switch has left it where it still is so, else read anew.
-
-        To be told that it is takes less than reading it, and hides nothing: every entry is looked at.
-        """
-        known, self.known = self.known, None
-        return known if known and self.cache.is_still(known) else self.cache.states(self.left_alone)
 
     def _warn_of_little_room(self, diff: CacheDiff, rows: Snapshot) -> None:
         moved = diff.added + diff.changed
@@ -180,8 +180,11 @@ class _Warm:
         """
         Write new and changed entries where no reader looks, and plan the switch. Returns how much is planned.
 
-        `states` becomes what the switch will leave.
+        `states` becomes what the switch will leave. Raises ShrinkError, with nothing written.
         """
+        if diff.shrinks and not self.allow_shrink:
+            raise ShrinkError(len(diff.removed), diff.indexed, str(self.settings.database))
+        self._warn_of_little_room(diff, rows)
         # Where an entry lies already, an index was lost or a fill died: it has to be replaced, not written in place.
         fresh = [path for path in diff.added if not diff.compared[path]]
         in_place = fresh if len(fresh) > LARGE_FILL else []
@@ -230,7 +233,7 @@ class _Warm:
 
 def _entry(path: str, content: str, said: bytes | None, *, full: bool) -> tuple[bytes, bytes]:
     known = None if full else cache_diff.trusted(said)
-    digest = known or hashlib.sha256(content.encode()).hexdigest()
+    digest = known.decode() if known else hashlib.sha256(content.encode()).hexdigest()
     return path.encode(), module_cache.entry(path, content, digest)
 
 

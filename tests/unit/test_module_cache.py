@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import redis
 from hypothesis import given, strategies as st
 
+from bifrost_bootstrap import redis_server
 from bifrost_bootstrap.cache_diff import CacheDiff, trusted
-from bifrost_bootstrap.module_cache import TAIL, Marker, entry, tail
+from bifrost_bootstrap.errors import BootstrapError, RefusedError, WarmError
+from bifrost_bootstrap.module_cache import TAIL, Marker, _rights_named, entry, tail
 from bifrost_bootstrap.warm import BATCH_SIZE, ENTRY_BYTES, _batches
 
 HASH = "0123456789abcdef" * 4
@@ -21,14 +24,14 @@ def test_entry_has_three_fields_and_its_tail_tells_the_hash(path: str, content: 
     """Whatever path and content hold: content, path, hash, in this order, and the last bytes are those of the hash."""
     value = entry(path, content, HASH)
     assert list(json.loads(value).items()) == [("content", content), ("path", path), ("hash", HASH)]
-    assert value[-TAIL:] == tail(HASH)
+    assert value[-TAIL:] == tail(HASH.encode())
 
 
 @pytest.mark.parametrize("written", [json.dumps, lambda fields: json.dumps(fields, separators=(",", ":"))])
 def test_tail_of_an_entry_of_the_platform(written: object) -> None:
     """Python's own JSON ends in the same way, with and without spaces: whoever wrote an entry can be told apart."""
     assert callable(written)
-    assert written({"content": "x", "path": "a.py", "hash": HASH}).encode()[-TAIL:] == tail(HASH)
+    assert written({"content": "x", "path": "a.py", "hash": HASH}).encode()[-TAIL:] == tail(HASH.encode())
 
 
 @pytest.mark.parametrize(
@@ -49,8 +52,26 @@ def test_tail_of_an_entry_of_the_platform(written: object) -> None:
 )
 def test_what_is_a_hash(content_hash: str | None, wanted: str | None) -> None:
     """64 hex digits, in small letters; anything else is none."""
-    said = None if content_hash is None else content_hash.encode() + b'"}'
-    assert trusted(said) == wanted
+    found = trusted(None if content_hash is None else content_hash.encode())
+    assert (found.decode() if found else None) == wanted
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "named"),
+    [
+        ("The user executing the script can't run this command or subcommand", RefusedError, "a script needs rename: "),
+        ("-READONLY You can't write against a read only replica.", WarmError, "is a read-only replica"),
+    ],
+)
+def test_what_redis_6_2_says_of_a_script(said: str, error: type[BootstrapError], named: str) -> None:
+    """Its words as 6.2.14 says them, amid others and with the line twice; tests/warm asks the servers that are here."""
+    words = f"Error running script (call to f_28bd368c): @user_script:2: @user_script: 2: {said} "
+    with (
+        pytest.raises(error, match=named),
+        redis_server.translated("redis://h/0"),
+        _rights_named("local call = redis.call\ncall('RENAME', 'k', 'k')"),
+    ):
+        raise redis.ResponseError(words)
 
 
 @pytest.mark.parametrize(

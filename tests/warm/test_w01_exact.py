@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import secrets
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from psycopg import sql
 
+from tests.servers import Database, Postgres
+from tests.warm.conftest import NewDeployment, migrate
 from tests.warm.deployment import ENTRY, INDEX, Deployment, sha256
 
 #: What PostgreSQL's text can hold: anything but NUL (and half surrogates, which are no characters).
@@ -29,6 +33,27 @@ def test_w01_cache_equals_rows_for_any_rows(deployment: Deployment, modules: dic
     deployment.assert_exact()
     again = deployment.warm()
     assert (again.added, again.changed, again.removed, again.expiring, again.passes) == (0, 0, 0, 0, 1)
+
+
+def test_w01_database_of_another_encoding(postgres: Postgres, deploy: NewDeployment, redis_url: str) -> None:
+    """The cache is UTF-8 whatever the database is, also where a hash has to be computed; a second warm agrees."""
+    database = Database(postgres, f"latin1_{secrets.token_hex(4)}")
+    with postgres.admin() as connection:
+        connection.execute(
+            sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'").format(
+                sql.Identifier(database.name), sql.Identifier(postgres.app_role)
+            )
+        )
+    try:
+        migrate(database)
+        deployment = deploy(redis_url, database)
+        deployment.put({"größe.py": "maß = 'é'", "né.py": "ø", "plain.py": "x"})
+        database.execute("UPDATE workspace_files SET content_hash = NULL WHERE path = 'né.py'")
+        assert deployment.warm().added == 3
+        deployment.assert_exact()
+        assert deployment.warm().to_dict().items() >= {"added": 0, "changed": 0, "removed": 0, "passes": 1}.items()
+    finally:
+        postgres.drop_database(database)
 
 
 def test_w01_large_module_and_empty_one(deployment: Deployment) -> None:

@@ -15,11 +15,11 @@ import redis as redis_package
 
 import bifrost_bootstrap
 from bifrost_bootstrap import module_cache, redis_server, warm
-from bifrost_bootstrap.errors import BootstrapError, UnavailableError, WarmError
+from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.progress import Progress
 from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING
 from tests.servers import Proxy, RedisServer, RunFolder
-from tests.servers.process import wait_until
+from tests.servers.process import free_port, wait_until
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import ENTRY, INDEX, Deployment, at
 
@@ -146,6 +146,27 @@ def test_w03_out_of_memory(
           WarmError, "maxmemory")  # fmt: skip
 
 
+def test_w03_out_of_memory_after_a_switch(
+    deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis
+) -> None:
+    """What an earlier pass of the same warm has switched stands, and the error does not say that nothing changed."""
+    deployment = deploy(start_server(RedisServer(run_folder)).url())
+    change(deployment)
+    write = at(SWITCHING, lambda: deployment.put({"new0.py": "y = 'again'"}))
+    fill = at(SWITCHING, lambda: deployment.client.config_set("maxmemory", 1), number=2)
+
+    def report(progress: Progress) -> None:
+        write(progress)
+        fill(progress)
+
+    with pytest.raises(WarmError, match=r"the module cache stands as it was last switched: .*maxmemory"):
+        deployment.warm(report)
+    assert deployment.content("new0.py") == AFTER["new0.py"]
+    assert deployment.content("m8.py") is None
+    deployment.client.config_set("maxmemory", 0)
+    assert_completes(deployment)
+
+
 @pytest.mark.parametrize("point", [STAGING, SWITCHING])
 def test_w03_cannot_persist(
     deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch,
@@ -231,19 +252,23 @@ def test_w03_still_loading(deploy: NewDeployment, run_folder: RunFolder, start_s
     assert_completes(deployment)
 
 
-@pytest.mark.parametrize("command", ["rename", "persist", "pexpire", "sadd", "srem", "del", "exists"])
+@pytest.mark.parametrize("program", ["redis-server", "valkey-server"])
+@pytest.mark.parametrize(
+    "command",
+    ["getrange", "pttl", "type", "llen", "lrange", "rename", "persist", "pexpire", "sadd", "srem", "del", "exists"],
+)
 def test_w03_right_too_few(
-    deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, command: str
-) -> None:  # fmt: skip
-    """A user who may not run one of the switch's commands is refused before the first write, and the command named."""
-    server = start_server(RedisServer(run_folder))
+    deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, command: str, program: str
+) -> None:
+    """A user who may not run one of the scripts' commands is refused before the first write, and the command named."""
+    server = start_server(RedisServer(run_folder, programs=[program]))
     deployment = deploy(server.url())
     before = change(deployment)
     deployment.client.acl_setuser(
         "warm", enabled=True, passwords=["+Tortoise7"], keys=["*"], categories=["+@all"], commands=[f"-{command}"]
     )
     user = deploy(f"redis://warm:Tortoise7@{server.host}:{server.port}", deployment.database)
-    with pytest.raises(BootstrapError, match=command):
+    with pytest.raises(RefusedError, match=f"a script needs {command}"):
         user.warm()
     assert_untouched(deployment, before)
     wait_until(lambda: deployment.module_keys() == before, "nothing of the attempt")
@@ -253,7 +278,9 @@ def test_w03_right_too_few(
 @pytest.mark.parametrize("slots", [True, False])
 def test_w03_cluster(deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, slots: bool) -> None:
     """Redis Cluster is refused by name, by a warm and by a look, also to a user who may not ask for its facts."""
-    server = start_server(RedisServer(run_folder, {"cluster-enabled": "yes"}))
+    # Its own choice, ten thousand above the other port, may be an outgoing connection of anybody.
+    config = {"cluster-enabled": "yes", "cluster-port": str(free_port())}
+    server = start_server(RedisServer(run_folder, config))
     deployment = deploy(server.url())
     if slots:
         deployment.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 100)  # type: ignore[no-untyped-call]

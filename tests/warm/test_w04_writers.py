@@ -197,6 +197,15 @@ def test_w04_writer_that_never_rests(deployment: Deployment, monkeypatch: pytest
     assert "untouched" not in str(unsettled.value)
 
 
+def test_w04_another_warm_in_the_way_is_named(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last pass that found no difference, but a switch of another warm, says that and not "no difference"."""
+    deployment.put({PATH: "version = 1"})
+    deployment.warm()
+    monkeypatch.setattr("bifrost_bootstrap.warm.MOST_PASSES", 1)
+    with pytest.raises(UnsettledError, match="last: another warm has switched meanwhile"):
+        deployment.warm(at(SWITCHING, lambda: deployment.client.set(MARKER, "of another")))
+
+
 def test_w04_deadline_ends_the_passes(deployment: Deployment) -> None:
     """The same at the deadline, however many passes are left: the pass that it finds running is the last."""
     deployment.put({PATH: "version = 0"})
@@ -220,6 +229,14 @@ def test_w04_deadline_does_not_end_the_first_pass(deployment: Deployment) -> Non
     """A first fill that the deadline finds running is proven all the same: nobody has disturbed it."""
     deployment.put({PATH: "version = 0"})
     assert warm(deployment.settings, Deadline(0), lambda _progress: None).added == 1
+    deployment.assert_exact()
+
+
+def test_w04_writer_before_the_proof_at_the_deadline(deployment: Deployment) -> None:
+    """What he has written is read within the pass that the deadline has found running, and is no difference."""
+    deployment.put({PATH: "version = 1"})
+    write = at(READING, lambda: deployment.api_write(PATH, "version = 2"), number=2)
+    assert warm(deployment.settings, Deadline(0), write).passes == 2
     deployment.assert_exact()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -15,6 +16,10 @@ import pytest
 
 import bifrost_bootstrap
 from bifrost_bootstrap import warm
+from bifrost_bootstrap.cache_diff import CacheDiff
+from bifrost_bootstrap.module_cache import CacheStates
+from bifrost_bootstrap.progress import Progress
+from bifrost_bootstrap.warm import READING
 from tests.servers import RedisServer, RunFolder
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import Deployment
@@ -59,6 +64,7 @@ def peak(deployment: Deployment, *arguments: str) -> float:
     return float(subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.faults  # half a minute of a processor
 def test_w05_memory_of_100000_modules(deployment: Deployment) -> None:
     """A first fill of 100,000 modules, and a full warm of all of them, take at most 64 MB more than of 1,000."""
     fill(deployment, 1000)
@@ -72,6 +78,29 @@ def test_w05_memory_of_100000_modules(deployment: Deployment) -> None:
     assert peak(deployment) - first <= 64
     assert deployment.client.ttl("bifrost:module:features/some_feature/workflows/module_number_1.py") == -1
     assert deployment.client.scard("bifrost:module:index") == 100_000
+
+
+def test_w05_one_image_of_the_cache_at_a_time(deployment: Deployment) -> None:
+    """A pass whose proof fails has let go of what it knew when it reads the cache anew."""
+    deployment.put({"a.py": "x"})
+
+    def alive() -> list[object]:
+        # Not isinstance, which asks Celery's proxies what they stand for.
+        return [one for one in gc.get_objects() if type(one) in (CacheStates, CacheDiff)]
+
+    before = alive()
+    images: list[list[str]] = []
+
+    def count(progress: Progress) -> None:
+        if progress.note == READING:
+            images.append([type(one).__name__ for one in alive() if all(one is not old for old in before)])
+            if len(images) == 2:
+                deployment.api_write("a.py", "y")
+
+    deployment.warm(count)
+    # The second reading is the proof of what the first switch has left, and fails.
+    assert images[:3] == [[], ["CacheStates"], []]
+    deployment.assert_exact()
 
 
 def calls(deployment: Deployment) -> dict[str, int]:
@@ -129,6 +158,7 @@ def test_w05_long_switch_is_told_before(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A switch that would block Redis for more than a second is warned about before, with its size."""
+    assert 50_000 * warm.SWITCH_SECONDS < warm.LONG_SWITCH < 100_000 * warm.SWITCH_SECONDS, "measured: 0.7 s and 1.4 s"
     monkeypatch.setattr(warm, "LONG_SWITCH", 9 * warm.SWITCH_SECONDS)
     deployment.put({f"{n}.py": "" for n in range(9)})
     with caplog.at_level(logging.WARNING):

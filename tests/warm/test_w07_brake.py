@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bifrost_bootstrap.errors import ExitCode, ShrinkError
-from tests.warm.deployment import Deployment
+from bifrost_bootstrap.warm import READING
+from tests.warm.deployment import Deployment, at
 
 
 def shrunk(deployment: Deployment, indexed: int, removed: int) -> None:
@@ -31,6 +32,17 @@ def test_w07_stops_where_most_of_the_cache_would_go(deployment: Deployment, inde
     assert deployment.own_keys() == []
     deployment.warm(allow_shrink=True)
     deployment.assert_exact()
+
+
+def test_w07_stops_after_a_switch(deployment: Deployment) -> None:
+    """A pass after the first stops as well; it says what it has not removed, and not that nothing was changed."""
+    deployment.put({f"{n}.py": "x" for n in range(30)})
+    deployment.warm()
+    deployment.put({"new.py": "y"})
+    with pytest.raises(ShrinkError, match="would remove 31 of 31 entries, and has removed none of them"):
+        deployment.warm(at(READING, lambda: deployment.database.execute("DELETE FROM workspace_files"), number=2))
+    assert deployment.content("new.py") == "y"
+    assert len(deployment.observed()) == 31
 
 
 @pytest.mark.parametrize(("indexed", "removed"), [(20, 20), (60, 30), (100, 50)])

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bifrost_bootstrap import warm
 from bifrost_bootstrap.errors import WarmError
-from bifrost_bootstrap.warm import STAGING, SWITCHING
+from bifrost_bootstrap.warm import COMPARING, SWITCHING
 from tests.servers import PLANTED_PASSWORD, RedisServer, RunFolder
 from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
 from tests.warm.conftest import NewDeployment
@@ -44,7 +45,7 @@ def test_w08_policy_that_evicts(
     deployment.client.config_set("maxmemory-policy", policy)
     deployment.put({"a.py": "x"})
     before: list[str] = []
-    deployment.warm(at(STAGING, lambda: before.append(told())))
+    deployment.warm(at(COMPARING, lambda: before.append(told())))
     assert f"may evict {words}" in before[0]
     assert policy in before[0]
     assert f"127.0.0.1:{server.port}" in before[0]
@@ -59,15 +60,24 @@ def test_w08_no_warning_without_reason(deploy: NewDeployment, server: RedisServe
     assert "maxmemory" not in told()
 
 
-def test_w08_too_little_room(deploy: NewDeployment, server: RedisServer, told: Callable[[], str]) -> None:
+def test_w08_too_little_room(
+    deploy: NewDeployment, server: RedisServer, told: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A warm that needs more than is left is told with both numbers before, and then fails by Redis' own refusal."""
     deployment = deploy(server.url())
     deployment.put({f"{n}.py": chr(97 + n % 26) * 3_000_000 for n in range(40)})
-    before: list[str] = []
+    there: list[list[bytes]] = []
+
+    def look(_record: logging.LogRecord) -> bool:
+        there.append([*deployment.own_keys(), *deployment.module_keys()])
+        return True
+
+    monkeypatch.setattr(warm.logger, "filters", [look])
     with pytest.raises(WarmError, match="maxmemory"):
-        deployment.warm(at(STAGING, lambda: before.append(told())))
-    assert "this warm needs about 156.0 MB" in before[0]
-    assert "left below maxmemory" in before[0]
+        deployment.warm()
+    assert "this warm needs about 156.0 MB" in told()
+    assert "left below maxmemory" in told()
+    assert there == [[]], "nothing was written before"
 
 
 def test_w08_estimate_is_no_less_than_what_is_used(deploy: NewDeployment, server: RedisServer) -> None:

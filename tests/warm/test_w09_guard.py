@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 import redis
+from kombu.asynchronous.timer import Timer
 
 from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
 from bifrost_bootstrap.cache_diff import CacheDiff
@@ -25,6 +29,7 @@ from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import ENTRY, INDEX, Deployment
 
+PLAIN_TREE = Path(__file__).parents[1] / "trees" / "plain" / "alembic.ini"
 MODULES = {f"m{n}.py": f"x = {n}" for n in range(10)}
 #: Seconds until a real worker must have mended the cache, at an interval of one second.
 PATIENCE = 60.0
@@ -118,7 +123,21 @@ def test_w09_entries_that_live_for_a_time_are_compared_in_it(deploy: NewDeployme
     deployment.warm()
     for path in MODULES:
         deployment.client.expire(ENTRY + path.encode(), 50)
-    assert Watch(deployment).look(1) == 1
+    watch = Watch(deployment)
+    assert watch.guard.interval == 15
+    assert watch.look(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("guard_interval", "ttl", "interval"),
+    [(60, 0, 30), (60, 24 * 3600, 30), (60, 40, 5), (3600, 3600, 450), (0, 40, 0)],
+)
+def test_w09_two_looks_an_interval_and_eight_a_life(
+    deploy: NewDeployment, redis_url: str, guard_interval: int, ttl: int, interval: int
+) -> None:
+    """A loss is mended within the interval although one look has just missed it; of a short life none misses half."""
+    guard = Watch(deploy(redis_url, cache_guard_interval=guard_interval, module_cache_ttl=ttl)).guard
+    assert guard.interval == interval
 
 
 def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +194,24 @@ def test_w09_one_guard_at_a_time(watch: Watch) -> None:
     assert 0 < client.pttl(TURN) <= 1000 * watch.guard.interval
 
 
-def test_w09_never_past_the_brake(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_w09_turn_is_left_to_who_can_use_it(watch: Watch, deploy: NewDeployment) -> None:
+    """A guard of another tree, or whose PostgreSQL is away, looks first all the time: the right one sends the task."""
+    deployment = watch.deployment
+    away = "postgresql://nobody@127.0.0.1:1/none"
+    others = [
+        Watch(deploy(deployment.settings.redis, deployment.database, **settings))
+        for settings in ({"alembic_config": str(PLAIN_TREE)}, {"database_url": away})
+    ]
+    deployment.client.flushdb()
+    for other in others:
+        other.guard.look()
+    watch.guard.look()
+    assert [one.sent for one in (*others, watch)] == [0, 0, 1]
+
+
+def test_w09_never_past_the_brake(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where most of the cache would go nothing is sent, and the log says what would."""
     monkeypatch.setattr(guards, "SECOND_LOOK", 0.01)
     deployment.put({f"{n}.py": "" for n in range(30)})
@@ -184,6 +220,7 @@ def test_w09_never_past_the_brake(deployment: Deployment, monkeypatch: pytest.Mo
     watch = Watch(deployment)
     deployment.client.delete("bifrost:bootstrap:marker")
     assert watch.look() == 0
+    assert "guard: a warm would remove 30 of 30 entries; left as it is: check BIFROST_DATABASE_URL" in caplog.text
 
 
 @pytest.mark.parametrize("said", [{"settled": False}, {"heads": ["0001"]}, {"modules": 9}])
@@ -244,10 +281,34 @@ def test_w09_whose_worker_has_a_guard(
     """A standing worker has one unless the interval is 0; the worker of one init has none."""
     from bifrost_bootstrap.worker import GuardStep
 
-    for name, url in (("DATABASE", "postgresql://u@h/d"), ("REDIS", "redis://h/0"), ("RABBITMQ", "amqp://h//")):
-        monkeypatch.setenv(f"BIFROST_{name}_URL", url)
+    set_urls(monkeypatch)
     monkeypatch.setenv(variable, value)
     assert GuardStep(None).include_if(None) is enabled
+
+
+def set_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that a worker's parts can be made in, without a server."""
+    for name, url in (("DATABASE", "postgresql://u@h/d"), ("REDIS", "redis://h/0"), ("RABBITMQ", "amqp://h//")):
+        monkeypatch.setenv(f"BIFROST_{name}_URL", url)
+    monkeypatch.setenv("BIFROST_ALEMBIC_CONFIG", "builtin")
+
+
+def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's own timer has the guard look as often as the guard says, for as long as the worker lives."""
+    from bifrost_bootstrap.worker import GuardStep
+
+    set_urls(monkeypatch)
+    monkeypatch.setenv("BIFROST_CACHE_GUARD_INTERVAL", "600s")
+    looked: list[float] = []
+    monkeypatch.setattr(Guard, "start_look", lambda guard: looked.append(guard.interval))
+    timer, step, now = Timer(), GuardStep(None), time.monotonic()
+    step.start(SimpleNamespace(timer=timer))
+    ((eta, _, entry),) = timer.queue
+    assert 300 <= eta - now < 300 + PATIENCE
+    entry()
+    assert looked == [300]
+    step.stop(None)
+    assert entry.canceled
 
 
 def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:

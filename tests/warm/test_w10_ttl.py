@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bifrost_bootstrap.warm import SWITCHING
 from tests.warm.conftest import NewDeployment
-from tests.warm.deployment import API_TTL, ENTRY, INDEX, Deployment
+from tests.warm.deployment import API_TTL, ENTRY, INDEX, Deployment, at
 
 #: Seconds.
 TTL = 3600
@@ -26,6 +27,16 @@ def test_w10_entry_of_the_api_is_made_persistent(deployment: Deployment) -> None
     assert lives(deployment) == {"ours.py": -1, "theirs.py": API_TTL}
     result = deployment.warm()
     assert (result.expiring, result.bytes) == (1, 0)
+    assert lives(deployment) == {"ours.py": -1, "theirs.py": -1}
+    deployment.assert_exact()
+
+
+def test_w10_entry_of_the_api_after_the_first_reading(deployment: Deployment) -> None:
+    """One that the API writes anew while a warm changes another module has no limit either, though it says the same."""
+    deployment.put({"ours.py": "x", "theirs.py": "y"})
+    deployment.warm()
+    deployment.put({"ours.py": "changed"})
+    deployment.warm(at(SWITCHING, lambda: deployment.api_write("theirs.py", "y")))
     assert lives(deployment) == {"ours.py": -1, "theirs.py": -1}
     deployment.assert_exact()
 
