@@ -49,12 +49,7 @@ app = Celery("bifrost_bootstrap", loader=PlacedLoader)
 
 def add_queue(name: str) -> Queue:
     """Make the queue of a tree (or of one run) known to this process, with the arguments that all sides declare."""
-    queue = Queue(
-        name,
-        Exchange(QUEUE, type="direct", durable=True),
-        routing_key=name,
-        durable=True,
-        expires=QUEUE_EXPIRES,
-    )
+    exchange = Exchange(QUEUE, type="direct", durable=True)
+    queue = Queue(name, exchange, routing_key=name, durable=True, expires=QUEUE_EXPIRES)
     app.amqp.queues.add(queue)
     return queue

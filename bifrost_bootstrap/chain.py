@@ -26,15 +26,14 @@ _LOST = {"WorkerLostError": "its worker was lost", "Terminated": "it was termina
          "NotRegistered": "a worker without this task took it",
          "StagedLostError": "Redis lost what the warm had staged"}  # fmt: skip
 #: Failures in which the work is not done for a reason that passes.
-_UNDONE = {"UnavailableError": "a server was away", "OperationalError": "it could not hand over to the next task",
-           "TaskRevokedError": "it was revoked",
+_UNDONE = {"OperationalError": "it could not hand over to the next task", "TaskRevokedError": "it was revoked",
            "UnwantedError": "it was taken when Redis had forgotten that we wait for it"}  # fmt: skip
 #: Seconds after its init has gone in which a chain may still begin.
 WANTED_TTL = 30
 #: Seconds by which a task gives up waiting before init does, so that its own error is heard: the last attempt begins
-#: just before the task's deadline, starts the tree's process, and waits for a table lock as long as any. Of a short
-#: deadline only a share.
-TASK_HEAD_START, HEAD_START_SHARE = 2.0, 0.2
+#: just before the task's deadline, starts the tree's process (3 s on a busy machine), and waits for a table lock as
+#: long as any. Of a short deadline only a share.
+TASK_HEAD_START, HEAD_START_SHARE = 4.0, 0.2
 #: Words by which RabbitMQ refuses a login, a virtual host, a right, or a queue that was declared otherwise.
 _REFUSALS = ("ACCESS_REFUSED", "NOT_ALLOWED", "PRECONDITION_FAILED")
 
@@ -171,8 +170,8 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
         error = rebuild(name, arguments)
         if name in _LOST:
             return TaskState(status, lost=_LOST[name])
-        if name in _UNDONE:
-            return TaskState(status, undone=str(error) if isinstance(error, UnavailableError) else _UNDONE[name])
+        if isinstance(error, UnavailableError) or name in _UNDONE:
+            return TaskState(status, undone=_UNDONE.get(name, str(error)))
         return TaskState(status, error=error)
     return TaskState(
         status,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bifrost_bootstrap import __version__, logs, report, settings as environment, summary
-from bifrost_bootstrap.command import Outcome, Signalled, cannot_print, print_no_more, raise_on_signals, run_command
+from bifrost_bootstrap import __version__, logs, settings as environment, summary
+from bifrost_bootstrap.command import Outcome, run_command, run_command_line
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import ExitCode, UnavailableError, UsageError
+from bifrost_bootstrap.errors import ExitCode, OwnProcessError, UsageError
 from bifrost_bootstrap.settings import Need, Settings, duration
 
 if TYPE_CHECKING:
@@ -29,44 +28,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. Nothing else leaves: usage is 64, a bug is 70."""
     telling = environment.load_telling()
     logs.configure(telling.log_format, telling.log_level)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=report.UNPRINTABLE)
-    raise_on_signals()
-    try:
-        return _run(arguments)
-    except Signalled as signalled:
-        return int(signalled.code)
-    except (click.Abort, KeyboardInterrupt):
-        return int(ExitCode.SIGINT)
-    except OSError as error:
-        # A help text; commands see to what they print themselves.
-        cannot_print(error)
-        return int(ExitCode.OK if {"-h", "--help", "--version"} & set(arguments) else ExitCode.BUG)
-    except Exception:
-        logger.exception("unexpected error")
-        return int(ExitCode.BUG)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _run(arguments: list[str]) -> int:
-    stdout = sys.stdout
-    try:
-        return int(main.main(arguments, prog_name="bifrost-bootstrap", standalone_mode=False) or 0)
-    except click.exceptions.Exit as leaving:
-        return leaving.exit_code
-    except click.ClickException as error:
-        with suppress(OSError):
-            error.show(sys.stderr)
-        return int(ExitCode.USAGE)
-    except SystemExit as leaving:
-        if sys.stdout is not stdout:
-            # click's way out of a help text that nobody reads: it wraps stdout and leaves with 1.
-            sys.stdout = stdout
-            print_no_more()
-            return int(ExitCode.OK)
-        # Only a worker that cannot begin leaves so, with a code of the contract.
-        return leaving.code if isinstance(leaving.code, int) and leaving.code in set(ExitCode) else int(ExitCode.BUG)
+    return run_command_line(main, arguments)
 
 
 class DurationType(click.ParamType[float]):
@@ -187,7 +149,9 @@ def check(wait: float | None, as_json: bool) -> int:
         around = surroundings.look(settings, tree)
         shown = summary.of_check(found, around)
         facts = {**found.to_dict(), "surroundings": around.to_dict(), "message": found.missing() or "ready"}
-        return Outcome(ExitCode.OK if found.ready else ExitCode.NOT_READY, shown, facts)
+        if found.ready:
+            return Outcome(ExitCode.OK, shown, facts)
+        return Outcome(ExitCode.NOT_READY, shown, facts | {"remedy": found.remedy}, remedy=found.remedy)
 
     return run_command("check", as_json, work)
 
@@ -246,7 +210,7 @@ def worker() -> int:
         # What Celery prints is no result.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         if code := worker.run(settings):
-            raise UnavailableError(chain.described(), f"Celery's worker ended with {code}")
+            raise OwnProcessError("Celery's worker", f"it ended with {code}")
         stopped = "it was told to stop"
         return Outcome(ExitCode.OK, facts={"message": stopped}, message=stopped)
 
@@ -259,7 +223,7 @@ def worker() -> int:
             "bifrost-bootstrap load ./modules": "name the target, write nothing",
             "bifrost-bootstrap load ./modules --yes": "write",
         },
-        *(2, 69),
+        69,
         ok="the files are rows",
     )
 )

@@ -1,13 +1,14 @@
-"""Run the work of one command and tell its outcome: stdout, last line, termination message, exit code."""
+"""Run a command line, and the work of its command: stdout, last line, termination message, exit code."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ class Outcome:
     How a command ended.
 
     summary: for people, on stdout. facts: for `--json`. text: follows the summary on stdout, as it is. message: the
-    verdict in one line, default: the summary's headline.
+    verdict in one line, default: the summary's headline. remedy: what to do, follows it.
     """
 
     code: ExitCode
@@ -38,6 +39,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     message: str = ""
+    remedy: str = ""
 
 
 class Signalled(BaseException):
@@ -48,7 +50,49 @@ class Signalled(BaseException):
         self.code = code
 
 
-def raise_on_signals() -> None:
+def run_command_line(group: click.Group, arguments: list[str]) -> int:
+    """Run one command of the group and return its exit code. Nothing else leaves: usage is 64, a bug is 70."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=report.UNPRINTABLE)
+    _raise_on_signals()
+    try:
+        return _run_click(group, arguments)
+    except Signalled as signalled:
+        return int(signalled.code)
+    except (click.Abort, KeyboardInterrupt):
+        return int(ExitCode.SIGINT)
+    except OSError as error:
+        # A help text; commands see to what they print themselves.
+        _cannot_print(error)
+        return int(ExitCode.OK if {"-h", "--help", "--version"} & set(arguments) else ExitCode.BUG)
+    except Exception:
+        logger.exception("unexpected error")
+        return int(ExitCode.BUG)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _run_click(group: click.Group, arguments: list[str]) -> int:
+    stdout = sys.stdout
+    try:
+        return int(group.main(arguments, prog_name="bifrost-bootstrap", standalone_mode=False) or 0)
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    except click.ClickException as error:
+        with suppress(OSError):
+            error.show(sys.stderr)
+        return int(ExitCode.USAGE)
+    except SystemExit as leaving:
+        if sys.stdout is not stdout:
+            # click's way out of a help text that nobody reads: it wraps stdout and leaves with 1.
+            sys.stdout = stdout
+            _print_no_more()
+            return int(ExitCode.OK)
+        # Only a worker that cannot begin leaves so, with a code of the contract.
+        return leaving.code if isinstance(leaving.code, int) and leaving.code in set(ExitCode) else int(ExitCode.BUG)
+
+
+def _raise_on_signals() -> None:
     """From now on SIGTERM and SIGINT raise Signalled, once; what does not end then within `SIGNAL_GRACE` is ended."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -78,8 +122,8 @@ def run_command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], 
         first, *details = str(error).splitlines()
         if details:
             logger.error("%s: %s", name, error)
-        message = f"{first}; what to do: {error.remedy}" if error.remedy else first
-        outcome = Outcome(error.exit_code, facts=report.error_facts(error), message=message)
+        facts = report.error_facts(error)
+        outcome = Outcome(error.exit_code, facts=facts, message=first, remedy=error.remedy)
     except Signalled as signalled:
         message = f"ended by {signalled.code.name}{'; ' if on_signal else ''}{on_signal}"
         outcome = Outcome(signalled.code, facts={"message": on_signal}, message=message)
@@ -91,7 +135,8 @@ def run_command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], 
     _tell_kubernetes(name, outcome)
     level = logging.INFO if outcome.code is ExitCode.OK else logging.ERROR
     if message := outcome.message or (outcome.summary.headline if outcome.summary else ""):
-        logger.log(level, "%s: %s (exit %d)", name, message, outcome.code)
+        todo = f"; what to do: {outcome.remedy}" if outcome.remedy else ""
+        logger.log(level, "%s: %s%s (exit %d)", name, message, todo, outcome.code)
     return int(outcome.code)
 
 
@@ -109,18 +154,18 @@ def _print(name: str, as_json: bool, outcome: Outcome) -> None:
         if outcome.text and not as_json:
             click.echo(masked(outcome.text))
     except BrokenPipeError:
-        print_no_more()
+        _print_no_more()
     except OSError as error:
-        cannot_print(error)
+        _cannot_print(error)
 
 
-def cannot_print(error: OSError) -> None:
+def _cannot_print(error: OSError) -> None:
     """The output is not what was asked for: the exit code is that of the work, whoever reads it has to know."""
     logger.warning("the result cannot be written to stdout: %s", error.strerror)
-    print_no_more()
+    _print_no_more()
 
 
-def print_no_more() -> None:
+def _print_no_more() -> None:
     """Whoever read our output has gone; the exit code is all that is left to say."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

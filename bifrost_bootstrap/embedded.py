@@ -28,7 +28,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from bifrost_bootstrap.errors import SettingsError, UnavailableError
+from bifrost_bootstrap.errors import OwnProcessError, SettingsError
 
 #: Seconds until a server must be up; both take 2 s together, and ten times that on a loaded build machine.
 START_DEADLINE = 60.0
@@ -78,14 +78,14 @@ def embedded_servers() -> Iterator[EmbeddedServers]:
 
     As root they run as the user `nobody`. The database is `postgres`, the role its superuser.
 
-    Raises SettingsError where a wheel is not installed, UnavailableError where a server does not start.
+    Raises SettingsError where a wheel is not installed, OwnProcessError where a server does not start.
     """
     postgres, valkey = _programs()
     with ExitStack() as stack:
         try:
             servers = _start(stack, postgres, valkey)
         except (OSError, LookupError) as error:
-            raise UnavailableError("an embedded server", str(error)) from error
+            raise OwnProcessError("an embedded server", str(error)) from error
         yield servers
 
 
@@ -208,7 +208,7 @@ class _Group:
         return self.started[name]
 
     def wait(self, name: str, up: Callable[[], bool]) -> None:
-        """Return when it is up; raises UnavailableError with the last words of its log when that fails."""
+        """Return when it is up; raises OwnProcessError with the last words of its log when that fails."""
         process, deadline = self.started[name], time.monotonic() + START_DEADLINE
         while not up():
             try:
@@ -218,7 +218,7 @@ class _Group:
                     continue
             if not up():
                 words = " / ".join(self._log(name).read_text(errors="replace").splitlines()[-3:])
-                raise UnavailableError(f"the embedded {name}", f"it did not start: {words}")
+                raise OwnProcessError(f"the embedded {name}", f"it did not start: {words}")
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"

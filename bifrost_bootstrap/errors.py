@@ -10,6 +10,7 @@ Every error of this program, with the exit code it ends in.
     ├── VersionTableError         78  the tree keeps its version in another table than we look at
     ├── PoolTooSmallError         78  a pooler gives one connection, a migration needs two
     ├── UnavailableError          69  a server was not there in time
+    │   └── OwnProcessError       69  a process that we have started ended, or did not start
     ├── NoWorkerError             69  no bootstrap worker consumes the queue of this tree
     ├── BusyError                 75  another holder of the migration lock, or DDL could not get its lock
     ├── DeadlineError            124  our work was queued or running when the deadline passed
@@ -170,7 +171,14 @@ class UnavailableError(BootstrapError):
     exit_code = ExitCode.UNAVAILABLE
     facts = ("server", "reason")
     text = "{server} is not available: {reason}"
-    advice = "start the server or correct its URL, then run init again"
+    advice = "start the server or correct its URL, then run it again"
+
+
+class OwnProcessError(UnavailableError):
+    """A process that we have started did not do its work. server: which. reason: what became of it."""
+
+    text = "{server}: {reason}"
+    advice = "look at the log above this line and at the memory limit, then run it again"
 
 
 class NoWorkerError(BootstrapError):
@@ -254,11 +262,11 @@ class MigrationError(BootstrapError):
 
 
 class WarmError(BootstrapError):
-    """The cache could not be warmed; the previous cache stands."""
+    """The cache could not be warmed; what was switched before stands, also by earlier passes of the same warm."""
 
     exit_code = ExitCode.WARM
     facts: ClassVar[tuple[str, ...]] = ("reason",)
-    text = "warming failed, the previous module cache is untouched: {reason}"
+    text = "warming failed, the module cache stands as it was last switched: {reason}"
     advice = "mend the cause and run init again"
 
 
@@ -279,7 +287,7 @@ class ShrinkError(BootstrapError):
 
     exit_code = ExitCode.WARM
     facts = ("removed", "indexed", "database")
-    text = "warming from {database} would remove {removed} of {indexed} entries; nothing was changed"
+    text = "warming from {database} would remove {removed} of {indexed} entries, and has removed none of them"
     advice = "check BIFROST_DATABASE_URL and BIFROST_REDIS_URL; if it is meant, say --allow-shrink"
 
 

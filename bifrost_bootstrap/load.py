@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_bootstrap import postgres
-from bifrost_bootstrap.errors import SettingsError, WarmError
+from bifrost_bootstrap.errors import SettingsError
 from bifrost_bootstrap.urls import PostgresUrl
 
 _UPSERT = """
@@ -40,7 +40,7 @@ def load(url: PostgresUrl, folder: Path) -> LoadResult:
     """
     Insert or update every `.py` file below `folder` by its path, in one transaction.
 
-    Raises SettingsError where there is no such folder, WarmError where the table is missing or another one.
+    Raises SettingsError where there is no such folder, or the table is missing or another one.
     """
     import psycopg
 
@@ -52,9 +52,9 @@ def load(url: PostgresUrl, folder: Path) -> LoadResult:
         try:
             cursor.executemany(_UPSERT, rows)
         except psycopg.errors.UndefinedTable as error:
-            raise WarmError(f"{url} has no table workspace_files; run init first") from error
+            raise SettingsError([f"{url} has no table workspace_files; run init first"]) from error
         except (psycopg.errors.UndefinedColumn, psycopg.DataError, psycopg.IntegrityError) as error:
-            raise WarmError(f"table workspace_files of {url}: {error.diag.message_primary}") from error
+            raise SettingsError([f"table workspace_files of {url} is another: {error.diag.message_primary}"]) from error
         written = cursor.rowcount
         connection.commit()
     return LoadResult(len(rows) + len(skipped), max(written, 0), skipped)

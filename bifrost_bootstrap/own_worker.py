@@ -12,7 +12,7 @@ from typing import Self
 
 from bifrost_bootstrap import settings as environment
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import ExitCode, InternalError, SettingsError, UnavailableError
+from bifrost_bootstrap.errors import ExitCode, InternalError, OwnProcessError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class OwnWorker:
         Start the worker, or start it again where it died.
 
         Raises SettingsError where starting it again cannot help; after `MOST_STARTS` InternalError where it says that
-        it has a bug, else UnavailableError.
+        it has a bug, else OwnProcessError.
         """
         if self._process and self._process.poll() is None:
             return
@@ -56,7 +56,6 @@ class OwnWorker:
             # It waits for its servers no longer than we do.
             BIFROST_INIT_TIMEOUT=f"{self._deadline.remaining:.0f}s",
         )  # fmt: skip
-        variables.pop("BIFROST_INIT_TIMEOUT_FILE", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bifrost_bootstrap", "worker"],
             env=variables, stdin=subprocess.PIPE, stdout=sys.stderr,
@@ -67,10 +66,10 @@ class OwnWorker:
         if code == ExitCode.CONFIGURATION:
             raise SettingsError([f"the worker ended with code {ExitCode.CONFIGURATION}; the lines above it say why"])
         if self._starts >= MOST_STARTS:
-            ended = f"ended with code {code} the last of {self._starts} times; the lines above it say why"
+            ended = f"ended with code {code} the last of {self._starts} times"
             if code == ExitCode.BUG:
                 raise InternalError(f"the worker of this init {ended}")
-            raise UnavailableError("the worker of this init", f"it {ended}")
+            raise OwnProcessError("the worker of this init", f"it {ended}")
         logger.warning("the worker ended with code %s; starting another", code)
 
     def __exit__(

@@ -7,7 +7,7 @@ from typing import Any
 
 from bifrost_bootstrap import cache_diff, readiness, redis_server, schema as schemas, tree as trees
 from bifrost_bootstrap.cache_diff import CacheDiff
-from bifrost_bootstrap.errors import WarmError
+from bifrost_bootstrap.errors import ExitCode, WarmError
 from bifrost_bootstrap.module_cache import ModuleCache
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
@@ -36,7 +36,11 @@ class Plan:
         if refusal := self.schema.refusal():
             return f"init would end with {refusal.exit_code}: {refusal}"
         todo = [f"apply {len(self.schema.pending)} revisions"] if self.schema.pending else []
-        if self.diff is None or not self.diff.empty:
+        if self.diff and self.diff.shrinks:
+            todo.append(f"end with {ExitCode.WARM}: it removes {len(self.diff.removed)} of {self.diff.indexed} entries")
+        elif self.diff is None and not todo:
+            todo.append(f"end with {ExitCode.WARM}: {self.no_diff}")
+        elif self.diff is None or not self.diff.empty:
             todo.append("warm the module cache")
         return f"init would {' and '.join(todo)}" if todo else "nothing to do"
 
@@ -73,7 +77,7 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
                 diff = cache_diff.compare(states, rows)
                 size = rows.bytes_of(diff.added + diff.changed)
     except WarmError as error:
-        no_diff = f"not to be told before the migration: {error.args[0]}" if state.pending else str(error)
+        no_diff = f"{'not to be told before the migration: ' if state.pending else ''}{error.args[0]}"
     sql, no_sql = _sql(settings, tree, state) if with_sql and state.pending else ("", "")
     return Plan(state, diff, no_diff, size, sql, no_sql)
 

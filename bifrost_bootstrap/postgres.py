@@ -12,7 +12,7 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from bifrost_bootstrap.errors import BootstrapError, CertificateError, RefusedError, UnavailableError, masked
+from bifrost_bootstrap.errors import CertificateError, RefusedError, SettingsError, UnavailableError, masked
 from bifrost_bootstrap.urls import PostgresUrl
 
 Connection = psycopg.Connection[tuple[object, ...]]
@@ -28,6 +28,8 @@ KEEPALIVES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
+#: Text is sent to us as it is in Redis, whatever the encoding of the database.
+ENCODING = {"client_encoding": "UTF8"}
 #: Words by which servers and poolers refuse a login; libpq gives no SQLSTATE for it.
 REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no such database", "no such user",
             "no pg_hba.conf entry", "not permitted", "permission denied")  # fmt: skip
@@ -53,9 +55,10 @@ def connect(
     block are raised in our words (see `translated`). Closed at the end.
     """
     with translated(url):
+        # Ours wins over the URL's: by this name a waiter says whom it waits for.
+        ours = {**ENCODING, "application_name": application_name(role)}
         connection = psycopg.connect(
-            **{"connect_timeout": CONNECT_TIMEOUT, **KEEPALIVES, **url.parameters},  # type: ignore[arg-type]
-            application_name=application_name(role),
+            **{"connect_timeout": CONNECT_TIMEOUT, **KEEPALIVES, **url.parameters, **ours},  # type: ignore[arg-type]
             autocommit=autocommit,
             prepare_threshold=None,
         )
@@ -110,7 +113,7 @@ def translated(url: PostgresUrl) -> Iterator[None]:
         raise RefusedError(str(url), masked(str(error).strip())) from error
 
 
-def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> BootstrapError:
+def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> RefusedError | UnavailableError:
     # libpq prefixes each line with the address; the last line is the one that counts, but for what libpq asks us.
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("?")]
     text = masked(lines[-1] if lines else type(error).__name__)
@@ -127,6 +130,8 @@ def database_heads(connection: Connection, version_table: str) -> tuple[str, ...
     The revisions that the database records; empty where the version table is absent or empty.
 
     One statement and no lock beyond that of a read. Inside a transaction, a savepoint keeps it usable.
+
+    Raises SettingsError where that table is none of Alembic's.
     """
     query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(*version_table.split(".")))
     try:
@@ -134,6 +139,9 @@ def database_heads(connection: Connection, version_table: str) -> tuple[str, ...
             return tuple(str(row[0]) for row in connection.execute(query))
     except psycopg.errors.UndefinedTable:
         return ()
+    except psycopg.errors.UndefinedColumn as error:
+        fault = f"BIFROST_ALEMBIC_VERSION_TABLE: {version_table} is no version table of Alembic"
+        raise SettingsError([f"{fault} ({error.diag.message_primary})"]) from error
 
 
 def other_table(connection: Connection, table: str) -> str:
@@ -148,6 +156,16 @@ def other_table(connection: Connection, table: str) -> str:
     return str(found or "")
 
 
+#: Of `pg_index i`: INVALID, and no session is building it. Which index a session of another role builds is hidden; that
+#: it holds a lock on the table is not.
+LEFTOVER: LiteralString = """
+    NOT i.indisvalid AND NOT EXISTS (
+      SELECT FROM pg_stat_progress_create_index p WHERE p.datname = current_database() AND coalesce(
+        p.index_relid = i.indexrelid,
+        EXISTS (SELECT FROM pg_locks l WHERE l.pid = p.pid AND l.database = p.datid AND l.relation = i.indrelid)))
+"""
+
+
 def invalid_indexes(connection: Connection) -> dict[str, str]:
     """
     INVALID indexes that no session is building, each with the statement that repairs it.
@@ -155,10 +173,8 @@ def invalid_indexes(connection: Connection) -> dict[str, str]:
     An interrupted concurrent build or rebuild left them: every write keeps them up, no query uses them.
     """
     rows = connection.execute(
-        "SELECT i.indexrelid::regclass::text, c.relname ~ '_cc(new|old)[0-9]*$' FROM pg_index i"
-        " JOIN pg_class c ON c.oid = i.indexrelid WHERE NOT i.indisvalid AND c.relkind = 'i' AND NOT EXISTS"
-        " (SELECT FROM pg_stat_progress_create_index p WHERE p.datname = current_database()"
-        " AND coalesce(p.index_relid, i.indexrelid) = i.indexrelid) ORDER BY 1"
+        "SELECT i.indexrelid::regclass::text, c.relname ~ '_cc(new|old)[0-9]*$' FROM pg_index i"  # noqa: S608
+        f" JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relkind = 'i' AND {LEFTOVER} ORDER BY 1"
     )
     # What a REINDEX left beside the index that still serves is of no use.
     return {str(name): f"{'DROP' if left else 'REINDEX'} INDEX CONCURRENTLY {name}" for name, left in rows}

@@ -66,12 +66,25 @@ class Readiness:
         """What is not ready, in one sentence; empty where everything is."""
         if not self.schema.ready:
             pending = len(self.schema.pending)
-            return f"schema is {self.schema.verdict.replace('_', ' ')}" + (f", {pending} pending" if pending else "")
+            stands = f"schema is {self.schema.verdict.replace('_', ' ')}" + (f", {pending} pending" if pending else "")
+            unknown = self.schema.verdict == "unknown_revision"
+            return f"{stands} ({', '.join(self.schema.database_heads)})" if unknown else stands
         if self.ready:
             return ""
         if self.obstacle:
             return f"module cache cannot be compared: {self.obstacle}"
         return f"module cache differs: {self.diff.summary()}" if self.diff else "module cache was not warmed"
+
+    @property
+    def remedy(self) -> str:
+        """What the operator does next; empty where everything is ready."""
+        if self.ready:
+            return ""
+        if refusal := self.schema.refusal():
+            return refusal.remedy
+        if self.obstacle:
+            return "mend what it says, then run `bifrost-bootstrap init`"
+        return "run `bifrost-bootstrap init`" + (", or `rewarm`" if self.schema.ready else "")
 
 
 def look(

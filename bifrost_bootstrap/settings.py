@@ -119,7 +119,7 @@ class Settings(BaseModel):
 
     #: Time to live of cache entries; 0 is none.
     module_cache_ttl: Duration = 0.0
-    #: Pause between two looks of a standing worker's guard at the cache; 0 turns it off.
+    #: A lost cache is warmed again by a standing worker within this time, in which it looks twice; 0 turns that off.
     cache_guard_interval: Duration = 60.0
 
     #: The whole of `init`, and of a task that was called by hand.
@@ -252,8 +252,8 @@ def _malformed(values: Mapping[str, str], sources: Mapping[str, str]) -> list[tu
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """The process's environment with `changes`, for a process that we start."""
-    return {**os.environ, **changes}
+    """The process's environment with `changes`, for a process that we start; no `_FILE` twin tells it otherwise."""
+    return {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in changes} | changes
 
 
 def forget_celery_variables() -> None:

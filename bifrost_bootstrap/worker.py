@@ -134,24 +134,28 @@ class Connected(bootsteps.StartStopStep):  # type: ignore[misc]
         _connected.clear()
 
 
-class Heartbeat(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Every two seconds: vouch for the tasks that this worker holds, and touch the health file."""
+class Timed(bootsteps.StartStopStep):  # type: ignore[misc]
+    """What a worker does now and then; `timer` ends with it."""
 
     requires = AFTER_POOL
-
-    def __init__(self, worker: Any, **options: Any) -> None:
-        super().__init__(worker, **options)
-        self.settings: Settings = environment.load(needs=("redis",))
-        self.timer: Any = None
-        show_life(self.settings.worker_health_file)  # also under the stock command
-
-    def start(self, worker: Any) -> None:
-        self.timer = worker.timer.call_repeatedly(BEAT, self.beat)
+    timer: Any = None
 
     def stop(self, worker: Any) -> None:
         if self.timer:
             self.timer.cancel()
             self.timer = None
+
+
+class Heartbeat(Timed):
+    """Every two seconds: vouch for the tasks that this worker holds, and touch the health file."""
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self.settings: Settings = environment.load(needs=("redis",))
+        show_life(self.settings.worker_health_file)  # also under the stock command
+
+    def start(self, worker: Any) -> None:
+        self.timer = worker.timer.call_repeatedly(BEAT, self.beat)
 
     def beat(self) -> None:
         if file := self.settings.worker_health_file:
@@ -173,16 +177,13 @@ def _vouch(client: redis.Redis, task_ids: set[str]) -> None:
         pipeline.execute()
 
 
-class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]
+class GuardStep(Timed):
     """Has the guard look at the module cache now and then; not in the worker of one run, which ends with it."""
-
-    requires = AFTER_POOL
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self.settings: Settings = environment.load(needs=("database", "redis", "rabbitmq"))
         self.enabled = bool(self.settings.cache_guard_interval) and not self.settings.run_queue
-        self.timer: Any = None
 
     def start(self, worker: Any) -> None:
         tree = trees.load(self.settings)
@@ -196,11 +197,6 @@ class GuardStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
         guard = Guard(self.settings, tree, rewarm)
         self.timer = worker.timer.call_repeatedly(guard.interval, guard.start_look)
-
-    def stop(self, worker: Any) -> None:
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
 
 
 app.steps["worker"].update({Heartbeat, GuardStep})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
+import psycopg
+import pytest
 import redis
 from psycopg import sql
 
 from tests.acceptance.state import MODULES, insert_modules
-from tests.conftest import BOOTSTRAP, RunBootstrap, StartCommand
-from tests.servers import Command, Database
+from tests.conftest import BOOTSTRAP, RunBootstrap, StartCommand, StartServer
+from tests.servers import Command, Database, RedisServer, RunFolder
 
 
 def test_check_waits_for_a_database_that_is_not_there_yet(
@@ -43,6 +46,8 @@ def test_check_of_a_table_that_is_gone(run_bootstrap: RunBootstrap, database: Da
     assert done.returncode == found["exit_code"] == 3
     assert found["message"].startswith("module cache cannot be compared: ")
     assert "has no table workspace_files" in found["message"]
+    assert found["remedy"] == "mend what it says, then run `bifrost-bootstrap init`"
+    assert f"what to do: {found['remedy']} (exit 3)" in done.stderr.splitlines()[-1]
 
 
 def test_check_beside_a_live_api(run_bootstrap: RunBootstrap, database: Database, redis_url: str) -> None:
@@ -54,8 +59,29 @@ def test_check_beside_a_live_api(run_bootstrap: RunBootstrap, database: Database
         client.expire("bifrost:module:acceptance_demo/answer.py", 24 * 3600)
         found = json.loads(run_bootstrap("check", "--json").stdout)
         assert (found["exit_code"], found["module_cache"]["expiring"]) == (0, 1)
+        assert re.match(r"no bootstrap worker on \S+; `init --with-worker` needs none", found["surroundings"]["worker"])
         assert run_bootstrap("init", "--with-worker").returncode == 0
         assert client.ttl("bifrost:module:acceptance_demo/answer.py") == -1
+
+
+def test_check_shows_what_stands_around(
+    run_bootstrap: RunBootstrap,
+    bifrost_env: dict[str, str],
+    database: Database,
+    run_folder: RunFolder,
+    start_server: StartServer,
+) -> None:
+    """A Redis that may evict, and an index that an interrupted build has left, with the statement that repairs it."""
+    server = start_server(RedisServer(run_folder, {"maxmemory": "100000000", "maxmemory-policy": "allkeys-lru"}))
+    env = bifrost_env | {"BIFROST_REDIS_URL": server.url()}
+    assert run_bootstrap("init", "--with-worker", env=env).returncode == 0
+    database.execute("CREATE TABLE doubled AS SELECT 1 AS n FROM generate_series(1, 2)")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        database.execute("CREATE UNIQUE INDEX CONCURRENTLY broken ON doubled (n)")
+    done = run_bootstrap("check", env=env)
+    assert done.returncode == 0
+    assert re.search(r"redis +\d+ MB used of 100 MB, policy allkeys-lru: may evict entries and index", done.stdout)
+    assert "broken is INVALID; repair it with: REINDEX INDEX CONCURRENTLY broken" in done.stdout
 
 
 def test_check_needs_no_broker(

@@ -134,7 +134,7 @@ def test_failed_warm(
     database.execute("UPDATE workspace_files SET is_deleted = true WHERE path <> 'many/7.py'")
     done = run_bootstrap("init")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "would remove 29 of 30 entries; nothing was changed" in done.stderr
+    assert "would remove 29 of 30 entries, and has removed none of them" in done.stderr
     assert "--allow-shrink" in done.stderr
     assert cached(redis_url) == many
     assert run_bootstrap("init", "--allow-shrink").returncode == 0
@@ -237,6 +237,7 @@ def test_deadline(
     wait_until(lambda: heads(database) == ["bbb2"], "the end of the migration")
 
 
+@pytest.mark.faults  # nearly a minute: of a shorter deadline the task has only a share for its last attempt
 def test_m11_table_lock_seen_from_init(
     tree: Path,
     tree_env: dict[str, str],
@@ -250,10 +251,10 @@ def test_m11_table_lock_seen_from_init(
     add_revision(tree, "bbb2", "aaa1", "ALTER TABLE workspace_files ADD COLUMN x int", "Want the table")
     with database.connect() as report:
         report.execute("BEGIN; SELECT * FROM workspace_files")
-        init = start_command([*BOOTSTRAP, "init", "--timeout", "25s"], env=tree_env)
+        init = start_command([*BOOTSTRAP, "init", "--timeout", "50s"], env=tree_env)
         init.wait_for("no bootstrap worker")
         start_worker(env=tree_env)
-        done = init.wait()
+        done = init.wait(90)
         pid = report.info.backend_pid
     assert done.returncode == 75, done.stderr
     assert f"a table lock for revision bbb2 was not to be had until the deadline; held by pid {pid} " in done.stderr

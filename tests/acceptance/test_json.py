@@ -32,13 +32,16 @@ def test_objects_of_all_commands(
     bootstrap_worker: Command, run_bootstrap: RunBootstrap, database: Database, tmp_path: Path
 ) -> None:
     """From an empty database to a warm cache, and what each command says on the way."""
-    assert told(run_bootstrap, "check", code=3)["schema_state"]["verdict"] == "empty"
+    empty = told(run_bootstrap, "check", code=3)
+    assert (empty["schema_state"]["verdict"], empty["remedy"]) == ("empty", "run `bifrost-bootstrap init`")
     assert told(run_bootstrap, "plan", "--sql")["sql"]
     assert told(run_bootstrap, "init")["migrate"]["applied"]
     (tmp_path / "new.py").write_text("")
     assert told(run_bootstrap, "load", str(tmp_path), "--yes")["written"] == 1
     insert_modules(database, {**MODULES, "index": "collides"})
-    assert told(run_bootstrap, "check", code=3)["module_cache"]["added"] == len(MODULES) + 1
+    stale = told(run_bootstrap, "check", code=3)
+    assert stale["module_cache"]["added"] == len(MODULES) + 1
+    assert stale["remedy"] == "run `bifrost-bootstrap init`, or `rewarm`"
     assert told(run_bootstrap, "init")["warm"]["odd"]
     assert told(run_bootstrap, "init")["nothing_to_do"] is True
     assert told(run_bootstrap, "rewarm", "--full")["warm"]["changed"] == len(MODULES) + 1

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import RunBootstrap, StartWorker
 
 
+@pytest.mark.faults  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize("change", ["password", "vhost"])
 def test_worker_that_the_broker_refuses(change: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
     """A worker that RabbitMQ does not let in ends with 78 and the broker's words, not with 0."""

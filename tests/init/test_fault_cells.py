@@ -1,4 +1,4 @@
-"""Some cells of the fault matrix: every target and every fault; `make test-faults` runs all."""
+"""A few cells of the fault matrix; `make test-faults` runs all."""
 
 from __future__ import annotations
 

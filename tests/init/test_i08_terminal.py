@@ -86,7 +86,7 @@ def test_i08_bar_and_table(deployment: Deployment) -> None:
         ("plan --sql", 0, "CREATE TABLE workspace_files"),
         ("init --with-worker --timeout 1m", 0, "ready in"),
         ("init --embedded --timeout 1m", 0, "ready in"),
-        ("init --timeout 1s", 69, "worker"),
+        ("init --timeout 5s", 69, "worker"),
         ("load modules", 64, "say --yes"),
     ],
 )

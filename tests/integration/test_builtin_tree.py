@@ -16,7 +16,7 @@ import bifrost_bootstrap
 from bifrost_bootstrap.embedded import EmbeddedServers, embedded_servers
 
 TREE = Path(bifrost_bootstrap.__file__).parent / "migrations"
-#: What a warm reads, as the design has it.
+#: What a warm reads of the table.
 MODULES = "entity_type = 'module' AND NOT is_deleted AND content IS NOT NULL"
 
 

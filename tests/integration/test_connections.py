@@ -68,9 +68,12 @@ def test_postgres_that_goes_away_in_between(database: Database) -> None:
         ask(database.url, "SELECT pg_terminate_backend(pg_backend_pid())", "SELECT 1")
 
 
-def test_sessions_are_named_and_leave_nothing_behind(database: Database) -> None:
-    """`pg_stat_activity` shows who we are; no statement is prepared, and the session is gone afterwards."""
-    with ours.connect(parse_postgres(database.url), "test") as connection:
+@pytest.mark.parametrize("query", ["", "?application_name=mine"])
+def test_sessions_are_named_and_leave_nothing_behind(query: str, database: Database) -> None:
+    """`pg_stat_activity` shows who we are, whatever name the URL has; no statement is prepared, and the session is gone
+    afterwards.
+    """
+    with ours.connect(parse_postgres(database.url + query), "test") as connection:
         for _ in range(20):
             ours.scalar(connection, "SELECT 1")
         name = ours.scalar(connection, "SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid()")

@@ -313,7 +313,7 @@ exec "$(dirname "$0")/real" "$@"
         broken.chmod(0o755)
         with command(folder, path=wheels) as process:
             _, errors = process.communicate()
-    assert f"the embedded {server} is not available: it did not start: no room, sorry" in errors
+    assert f"the embedded {server}: it did not start: no room, sorry" in errors
     assert not leftovers(folder, set())
 
 

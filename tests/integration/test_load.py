@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_bootstrap.errors import SettingsError, WarmError
+from bifrost_bootstrap.errors import SettingsError
 from bifrost_bootstrap.load import load
 from bifrost_bootstrap.urls import parse_postgres
 from tests.servers import Database
@@ -100,7 +100,7 @@ def test_empty_folder(table: Database, tmp_path: Path) -> None:
 
 def test_no_table_and_no_folder(database: Database, tmp_path: Path) -> None:
     """Without the table init has to run first; without the folder it is a fault of the call."""
-    with pytest.raises(WarmError, match="has no table workspace_files; run init first"):
+    with pytest.raises(SettingsError, match="has no table workspace_files; run init first"):
         load(parse_postgres(database.url), write(tmp_path, {"a.py": b""}))
     with pytest.raises(SettingsError, match="gone is no folder"):
         load(parse_postgres(database.url), tmp_path / "gone")

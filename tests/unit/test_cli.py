@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,11 +66,17 @@ def test_wrong_usage_is_64(arguments: list[str], words: str, capsys: pytest.Capt
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=str)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_0(arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Help is a result: on stdout, with 0, and without any setting."""
+    """Help is a result: on stdout, with 0, and without any setting; of a command with two examples and its codes."""
     assert cli.run([*arguments, flag]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"Usage: {' '.join(['bifrost-bootstrap', *arguments])}")
     assert captured.err == ""
+    if arguments:
+        examples = captured.out.partition("Examples:\n")[2].partition("\n\n")[0].splitlines()
+        assert [line.strip()[0] == "#" for line in examples] == [True, False] * 2
+        assert all(re.search(rf"bifrost-bootstrap {arguments[0]}\b", line) for line in examples[1::2])
+        codes = re.findall(r"^ +(\d+) ", captured.out.partition("Exit codes:\n")[2], re.MULTILINE)
+        assert {"0", "64", "70", "78", "130", "143"} <= set(codes)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -83,15 +83,17 @@ def test_check_of_a_schema_that_cannot_be_migrated() -> None:
     """What stands in the way of a migration is told with its remedy."""
     ahead = SchemaState("unknown_revision", ("0002",), ("9999",))
     text = str(summary.of_check(Readiness(ahead), NOTHING))
+    assert text.startswith("not ready: schema is unknown revision (9999)\n")
     assert "9999, which this image does not have" in text
     assert "BIFROST_ALLOW_AHEAD" in text
+    assert "BIFROST_ALLOW_AHEAD" in Readiness(ahead).remedy
 
 
 def test_plan_of_what_is_pending() -> None:
     """The headline says what init would do; the rows which revisions and modules, and that the brake would act."""
     diff = CacheDiff(added=[b"new.py"], removed=[b"%d.py" % number for number in range(21)], indexed=30)
     text = str(summary.of_plan(Plan(BEHIND, diff, bytes=1400, no_sql="it reads")))
-    assert text.startswith("init would apply 1 revisions and warm the module cache\n")
+    assert text.startswith("init would apply 1 revisions and end with 2: it removes 21 of 30 entries\n")
     assert "pending 0002  Index the modules" in text
     assert "1 added, 21 removed, 1 kB to write" in text
     assert "added 'new.py'" in text
@@ -104,6 +106,8 @@ def test_plan_of_nothing_and_of_what_cannot_be() -> None:
     assert Plan(AT_HEAD, CacheDiff()).headline == "nothing to do"
     assert Plan(AT_HEAD, CacheDiff(expiring=[b"a"])).headline == "init would warm the module cache"
     assert Plan(SchemaState("empty_tree", (), ())).headline.startswith("init would end with 1: schema: ")
+    assert Plan(BEHIND, no_diff="no table").headline == "init would apply 1 revisions and warm the module cache"
+    assert Plan(AT_HEAD, no_diff="no table").headline == "init would end with 2: no table"
 
 
 def test_load_names_what_it_skipped() -> None:
