@@ -14,13 +14,13 @@ from urllib.parse import quote
 
 from psycopg import sql
 
+from tests.docs.documents import fence
 from tests.faults.stack import Deployment
 from tests.servers import PLANTED_PASSWORD
 from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
 from tests.servers.postgres import PROGRAM_FOLDERS
 from tests.servers.process import find_program
 
-PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 USER = "bifrost_bootstrap"
 MIGRATE, READ = "bifrost_migrate", "bifrost_read"
 #: What the reader's password has more than the others, so that a search for those finds it too.
@@ -33,9 +33,7 @@ Change = Callable[[str], str]
 
 def commands(name: str) -> str:
     """The shell commands below the comment `<!-- rights: {name} -->` of the page."""
-    found = re.search(rf"<!-- rights: {re.escape(name)} -->\n```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert found, f"no commands for {name!r} in {PAGE}"
-    return found[1]
+    return fence("docs/security.md", f"rights: {name}").text
 
 
 def without(text: str) -> Change:
