@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.compose.stack import CHECKOUT, RUN, OpenStack, Stack, run
+from tests.compose.stack import CHECKOUT, RUN, OpenFolder, OpenStack, Stack, clone, run
 
 IMAGE, STANDIN = f"{RUN}:bootstrap", f"{RUN}:standin"
 
@@ -81,6 +81,23 @@ def open_stack(image: str, standin: str, secrets_folder: Path) -> OpenStack:
                 **variables,
             },
         )
+        try:
+            yield stack
+        finally:
+            stack.down()
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def open_folder(engine: None, tmp_path_factory: pytest.TempPathFactory) -> OpenFolder:
+    """Opens folders as a new user has them; what their stacks made is removed."""
+
+    @contextmanager
+    def opened(name: str, variables: Mapping[str, str], make: Callable[[Path], Path] = clone) -> Iterator[Stack]:
+        # Compose names a project after its folder.
+        project = f"{RUN}-{name}"
+        stack = Stack(project, folder=make(tmp_path_factory.mktemp(name) / project), variables=dict(variables))
         try:
             yield stack
         finally:

@@ -6,19 +6,24 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from tests.docs.documents import Block
 
 #: One name per run, so that two runs on one engine do not meet.
 RUN = f"bifrost-test-{secrets.token_hex(4)}"
 CHECKOUT = Path(__file__).resolve().parents[2]
 #: Seconds for one command of the engine: on a loaded machine a build, or a first start of all services.
 COMMAND_TIMEOUT = 600.0
+#: Also where the checkout is somebody else's.
+GIT = ("git", "-c", "safe.directory=*")
 #: What Docker says of a container that was created and never started.
 NEVER = "0001-01-01T00:00:00Z"
 
@@ -30,16 +35,16 @@ def kept_environment() -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, check: bool = True, variables: Mapping[str, str] | None = None
+    *command: str | Path, check: bool = True, variables: Mapping[str, str] | None = None, folder: Path = CHECKOUT
 ) -> subprocess.CompletedProcess[str]:
     """
-    Run a command in the checkout with no setting of this machine but where its engine is.
+    Run a command in the checkout, or another folder, with no setting of this machine but where its engine is.
 
     Raises AssertionError with the whole output where the command fails and `check` is set.
     """
     result = subprocess.run(
         [str(word) for word in command],
-        cwd=CHECKOUT,
+        cwd=folder,
         env={**kept_environment(), **(variables or {})},
         capture_output=True,
         text=True,
@@ -49,6 +54,16 @@ def run(
     if check:
         assert result.returncode == 0, f"{result.args} exits {result.returncode}:\n{result.stdout}{result.stderr}"
     return result
+
+
+def clone(folder: Path) -> Path:
+    """Make this folder and put into it what a fresh clone would hold, and what is not committed yet; the folder."""
+    listed = run(*GIT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout
+    for name in filter(None, listed.split("\0")):
+        if (CHECKOUT / name).is_file():  # not deleted
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CHECKOUT / name, folder / name)
+    return folder
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
@@ -62,21 +77,27 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
 @dataclass(frozen=True)
 class Stack:
     """
-    A project by name, its Compose files (paths in the checkout) and the variables that `.env` would hold.
+    A project by name, its Compose files (paths in its folder) and the variables that `.env` would hold.
 
-    Leaves nothing behind after `down`.
+    In the checkout no `.env` is read: it is that of whoever runs the tests. In another folder Compose reads it, and
+    takes its own default where there are no files. Leaves nothing behind after `down`.
     """
 
     project: str
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
+    folder: Path = CHECKOUT
+
+    def paste(self, block: Block) -> str:
+        """What a document's commands write to stdout, run in the project's folder; the first that fails is the last."""
+        return run("sh", "-euc", block.text, variables=self.variables, folder=self.folder).stdout
 
     def compose(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `docker compose ARGUMENT...` on this project."""
         files = [word for file in self.files for word in ("-f", file)]
-        # Not the .env of whoever runs the tests.
-        command = ["docker", "compose", "--env-file", os.devnull, "-p", self.project, *files]
-        return run(*command, *arguments, check=check, variables=self.variables)
+        settings = ["--env-file", os.devnull] if self.folder == CHECKOUT else []
+        command = ["docker", "compose", *settings, "-p", self.project, *files]
+        return run(*command, *arguments, check=check, variables=self.variables, folder=self.folder)
 
     def inspect(self, service: str) -> dict[str, Any]:
         """What `docker inspect` says of the container of this service."""
@@ -137,7 +158,27 @@ class Stack:
         assert self.left_over() == []
 
 
+@contextmanager
+def borrowed(*names: str) -> Iterator[None]:
+    """Names of images that documents use: they may name others meanwhile, and name afterwards what they named."""
+    look = ("docker", "image", "inspect", "--format", "{{.Id}}")
+    before = {name: run(*look, name, check=False).stdout.strip() for name in names}
+    try:
+        yield
+    finally:
+        for name, image in before.items():
+            run(*("docker", "tag", image, name) if image else ("docker", "image", "rm", "--force", name))
+
+
 class OpenStack(Protocol):
     """Opens a stack of these Compose files, with these variables beside those that every stack has."""
 
     def __call__(self, name: str, *files: str, **variables: str) -> AbstractContextManager[Stack]: ...
+
+
+class OpenFolder(Protocol):
+    """Opens a stack in a folder of its own, in which nothing has been done yet: a clone, or what `make` puts there."""
+
+    def __call__(
+        self, name: str, variables: Mapping[str, str], make: Callable[[Path], Path] = clone
+    ) -> AbstractContextManager[Stack]: ...

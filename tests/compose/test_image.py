@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.compose.stack import run
+from tests.compose.stack import GIT, RUN, borrowed, clone, run
+from tests.docs.documents import fence
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
@@ -41,6 +45,21 @@ def test_user_and_labels(image: str) -> None:
     assert config["User"] == "10001:10001"
     assert config["Labels"]["org.opencontainers.image.title"] == "bifrost-bootstrap"
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
+
+
+def test_the_release_says_what_it_is(engine: None, tmp_path: Path) -> None:
+    """CONTRIBUTING's commands for a release make a wheel, and an image labelled with version and commit."""
+    folder = clone(tmp_path / "project")
+    (folder / ".venv").symlink_to(sys.prefix)
+    block = re.sub(r"\b(?<=[:=])VERSION\b", RUN, fence("CONTRIBUTING.md", "compose: release").text)
+    commits = {"GIT_DIR": run(*GIT, "rev-parse", "--absolute-git-dir").stdout.strip()}
+    image = f"bifrost-bootstrap:{RUN}"
+    with borrowed(image):
+        run("sh", "-euc", block, folder=folder, variables=commits)
+        labels = json.loads(run("docker", "image", "inspect", image).stdout)[0]["Config"]["Labels"]
+    assert labels["org.opencontainers.image.version"] == RUN
+    assert labels["org.opencontainers.image.revision"] == run(*GIT, "rev-parse", "HEAD").stdout.strip()
+    assert [file.name.partition("-")[0] for file in (folder / "dist").iterdir()] == ["bifrost_bootstrap"]
 
 
 def test_everything_is_compiled_and_nothing_builds(image: str) -> None:

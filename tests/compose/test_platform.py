@@ -1,26 +1,37 @@
-"""The bootstrap image built upon the platform's own."""
+"""The bootstrap image built upon the platform's own: with our Compose files, and beside somebody's."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.compose.stack import CHECKOUT, RUN, OpenStack, run
+from tests.compose.stack import CHECKOUT, RUN, OpenFolder, Stack, borrowed, run
+from tests.docs.documents import fence
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 PLATFORM, BOOTSTRAP = f"{RUN}:platform", f"{RUN}:bootstrap-on-platform"
 EXAMPLE = CHECKOUT / ".env.example"
 #: What the platform's block of .env.example sets: which tree, by which interpreter; and images, here others.
-SETTINGS = {"BIFROST_ALEMBIC_CONFIG", "BIFROST_ALEMBIC_PYTHON"}
-IMAGES = {"BIFROST_BASE_IMAGE", "BIFROST_BOOTSTRAP_IMAGE", "BIFROST_API_IMAGE", "POSTGRES_IMAGE"}
+IMAGES = {
+    "BIFROST_BASE_IMAGE": PLATFORM,
+    "BIFROST_BOOTSTRAP_IMAGE": BOOTSTRAP,
+    "BIFROST_API_IMAGE": PLATFORM,
+    "POSTGRES_IMAGE": "postgres:17",
+}
+SETTINGS = {"BIFROST_ALEMBIC_CONFIG", "BIFROST_ALEMBIC_PYTHON", "BIFROST_ENVIRONMENT"}
+#: The images of docs/adopting.md.
+API, INIT = "registry.example/bifrost-api:1.4.0", "bifrost-bootstrap:1.4.0"
+SERVER = "python -m http.server"
 OWN_PACKAGES = "import alembic, sqlalchemy; print(alembic.__version__, sqlalchemy.__version__)"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def platform(engine: None) -> Iterator[str]:
     """An image with its own Python, its own older packages and migrations."""
     dockerfile = CHECKOUT / "tests/compose/platform/Dockerfile"
@@ -29,26 +40,71 @@ def platform(engine: None) -> Iterator[str]:
     run("docker", "image", "rm", "--force", PLATFORM, BOOTSTRAP)
 
 
-def test_upon_the_platforms_image_its_own_packages_run_its_migrations(platform: str, open_stack: OpenStack) -> None:
-    """Built upon the platform's image, init applies its tree with its own packages, which stay as they are."""
-    text = EXAMPLE.read_text().partition("# For the platform")[2].partition("\n\n")[0]
-    block = dict(re.findall("(?m)^#([A-Z_]+)=(.*)$", text))
-    assert set(block) == {*SETTINGS, *IMAGES, "BIFROST_ENVIRONMENT"}
+@pytest.fixture
+def editor(tmp_path: Path) -> str:
+    """A program that does to `.env` what its comments say: the platform's block, with its images, for one line."""
+    block = EXAMPLE.read_text().partition("# For the platform")[2].partition("\n\n")[0]
+    assert set(re.findall("(?m)^#([A-Z_]+)=", block)) == {*IMAGES, *SETTINGS}
+    edits = ["/^BIFROST_ALEMBIC_CONFIG=builtin$/d", r"/^# For the platform/,/^$/ s/^#\([A-Z]\)/\1/"]
+    edits += [f"s|^{name}=.*|{name}={image}|" for name, image in IMAGES.items()]
+    program = tmp_path / "editor"
+    program.write_text("#!/bin/sh\nexec sed -i.before " + " ".join(f"-e '{edit}'" for edit in edits) + ' "$1"\n')
+    program.chmod(0o700)
+    return str(program)
+
+
+def test_upon_the_platforms_image_its_own_packages_run_its_migrations(
+    platform: str, editor: str, open_folder: OpenFolder
+) -> None:
+    """After the first deploy of docs/operations.md its tree is applied, and its packages are as they were."""
     own = run("docker", "run", "--rm", platform, "python", "-c", OWN_PACKAGES).stdout
     assert own.startswith("1.13.")
-    with open_stack(
-        "platform",
-        "docker-compose.yml",
-        BIFROST_BASE_IMAGE=platform,
-        BIFROST_BOOTSTRAP_IMAGE=BOOTSTRAP,
-        **{name: value for name, value in block.items() if name in SETTINGS},
-    ) as stack:
-        stack.compose("build", "init")
-        assert json.loads(run("docker", "image", "inspect", BOOTSTRAP).stdout)[0]["Config"]["Healthcheck"] == {
-            "Test": ["NONE"]
-        }
-        stack.compose("up", "-d", "init")
-        assert stack.wait("init") == 0, stack.output("init")
+    servers = {"BIFROST_API_COMMAND": SERVER, "BIFROST_WORKER_COMMAND": SERVER}
+    with open_folder("platform", {"EDITOR": editor, "FLOWER_PORT": "0", **servers}) as stack:
+        stack.paste(fence("docs/operations.md", "compose: first deploy"))
+        for service in ("api", "worker"):
+            starts_after_init(stack, service)
+        healthcheck = json.loads(run("docker", "image", "inspect", BOOTSTRAP).stdout)[0]["Config"]["Healthcheck"]
+        assert healthcheck == {"Test": ["NONE"]}
         assert "at head" in stack.in_worker("bifrost-bootstrap", "check")
         assert stack.in_worker("/usr/local/bin/python", "-c", OWN_PACKAGES) == own
         assert stack.in_worker("python", "-c", OWN_PACKAGES) != own
+        stack.sql("TRUNCATE alembic_version")  # as a release would find it that brings all revisions
+        assert "CREATE TABLE" in stack.paste(fence("docs/operations.md", "compose: plan of a release"))
+
+
+def somebodys_project(folder: Path) -> Path:
+    """A project with an API of its own, and the ten lines beside it."""
+    shutil.copytree(CHECKOUT / "tests/compose/adopting", folder)
+    (folder / "compose.override.yaml").write_text(fence("docs/adopting.md", "compose: ten lines").text)
+    return folder
+
+
+def test_ten_lines_in_front_of_an_api(platform: str, open_folder: OpenFolder) -> None:
+    """With the image and the ten lines of docs/adopting.md an API starts after init; both are taken out as it says."""
+    with borrowed(API, INIT), open_folder("adopting", {}, somebodys_project) as stack:
+        run("docker", "tag", platform, API)
+        run("sh", "-euc", fence("docs/adopting.md", "compose: build").text)
+        stack.compose("up", "-d")
+        starts_after_init(stack, "api")
+        assert "schema at" in stack.output("init")
+
+        (stack.folder / "compose.override.yaml").unlink()
+        stack.compose("up", "-d", "--remove-orphans")
+        migrated = stack.compose("exec", "-T", "api", "alembic", "upgrade", "head")
+        assert "Running upgrade" not in migrated.stdout + migrated.stderr
+        queues = stack.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "list_queues", "name", "arguments").stdout
+        for queue in queues.splitlines()[1:]:
+            assert "x-expires" in queue, f"{queue} stays for ever"
+        redis = ("exec", "-T", "redis", "redis-cli")
+        stack.compose(*redis, "DEL", "bifrost:bootstrap:marker")
+        for key in stack.compose(*redis, "KEYS", "bifrost:bootstrap:*").stdout.split():
+            assert stack.compose(*redis, "TTL", key).stdout != "-1\n", f"{key} stays for ever"
+
+
+def starts_after_init(stack: Stack, service: str) -> None:
+    """Raises AssertionError where init has not ended with 0 before the service started, or that does not run."""
+    init, state = stack.inspect("init")["State"], stack.inspect(service)["State"]
+    assert (init["Status"], init["ExitCode"]) == ("exited", 0), stack.output("init")
+    assert state["StartedAt"] > init["FinishedAt"]  # same clock, same format: text order is time order
+    assert state["Running"], stack.output(service)

@@ -1,4 +1,4 @@
-"""The stack as an operator runs it: docker-compose.yml with secrets from make-secrets."""
+"""The stack as an operator runs it, in a fresh clone with the README's commands."""
 
 from __future__ import annotations
 
@@ -14,31 +14,48 @@ from typing import Any
 
 import pytest
 
-from tests.compose.stack import OpenStack, Stack, run
+from tests.compose.stack import RUN, OpenFolder, OpenStack, Stack, run
+from tests.docs.documents import fence
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
-WARM = "bifrost.bootstrap.warm_module_cache"
 OURS = ("bootstrap-worker", "init", "flower")
 PLATFORM = ("api", "worker")
+#: The name of the image that the README's commands build.
+IMAGE = f"{RUN}:tried-out"
 
 
 @pytest.fixture(scope="module")
-def gated(open_stack: OpenStack) -> Iterator[tuple[Stack, dict[str, Any]]]:
-    """Up from nothing; then a module in the database, and up with the platform, and how init had ended then."""
-    with open_stack("stack", "docker-compose.yml") as stack:
-        stack.compose("up", "-d")
+def gated(open_folder: OpenFolder, standin: str) -> Iterator[tuple[Stack, dict[str, Any]]]:
+    """Up as the README says; then a module in the database, and up with the platform, and how init had ended then."""
+    command = "python standin.py"
+    variables = {
+        "BIFROST_BOOTSTRAP_IMAGE": IMAGE,
+        "BIFROST_API_IMAGE": standin,
+        "BIFROST_API_COMMAND": command,
+        "BIFROST_WORKER_COMMAND": command,
+        "FLOWER_PORT": "0",  # any free one
+    }
+    with open_folder("stack", variables) as stack:
+        stack.paste(fence("README.md", "compose: try it out"))
         code = stack.wait("init")
         assert code == 0, stack.output("init")
         stack.write_module("compose_probe.py", "GREETING = 1")
         stack.compose("--profile", "bifrost", "up", "-d")
         yield stack, stack.inspect("init")["State"]
+    run("docker", "image", "rm", IMAGE)
 
 
 @pytest.fixture(scope="module")
 def stack(gated: tuple[Stack, dict[str, Any]]) -> Stack:
     """The stack alone."""
     return gated[0]
+
+
+@pytest.fixture(scope="module")
+def secrets_made(stack: Stack) -> Path:
+    """The folder of its secrets."""
+    return stack.folder / "secrets"
 
 
 def passwords(folder: Path) -> set[str]:
@@ -83,14 +100,14 @@ def test_second_up_finds_nothing_to_do(stack: Stack) -> None:
     assert "ready, nothing to do" in stack.output("init")
 
 
-def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack, secrets_folder: Path) -> None:
+def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack, secrets_made: Path) -> None:
     """`celery call` in the worker's container warms a new module; `celery result` shows what was done."""
     stack.write_module("by_hand.py", "NUMBER = 7")
-    task = stack.in_worker("celery", "-A", "bifrost_bootstrap", "call", WARM).strip()
+    task = stack.paste(fence("docs/operations.md", "compose: call by hand")).strip()
     shown = stack.in_worker("celery", "-A", "bifrost_bootstrap", "result", task)
     result = ast.literal_eval(shown.strip())
     assert result["added"] >= 1
-    entry = stack.redis("GET", "bifrost:module:by_hand.py", url=platform(secrets_folder)["BIFROST_REDIS_URL"])
+    entry = stack.redis("GET", "bifrost:module:by_hand.py", url=platform(secrets_made)["BIFROST_REDIS_URL"])
     assert json.loads(entry)["content"] == "NUMBER = 7"
 
 
@@ -126,9 +143,9 @@ def test_our_containers_have_no_rights(stack: Stack, service: str) -> None:
     assert container["HostConfig"]["SecurityOpt"] == ["no-new-privileges:true"]
 
 
-def test_no_password_in_inspect_or_logs(stack: Stack, secrets_folder: Path) -> None:
+def test_no_password_in_inspect_or_logs(stack: Stack, secrets_made: Path) -> None:
     """No password shows in `docker inspect` or in any log, but where the platform reads its environment."""
-    secret = passwords(secrets_folder)
+    secret = passwords(secrets_made)
     assert len(secret) == 10
     # The positive control: this search does find them where they are.
     assert len([word for word in secret if word in json.dumps(stack.inspect("api"))]) == 4
@@ -139,7 +156,7 @@ def test_no_password_in_inspect_or_logs(stack: Stack, secrets_folder: Path) -> N
     assert not [word for word in secret if word in logs.stdout + logs.stderr]
 
 
-def test_s02_nobody_of_ours_is_an_administrator(stack: Stack, secrets_folder: Path) -> None:
+def test_s02_nobody_of_ours_is_an_administrator(stack: Stack, secrets_made: Path) -> None:
     """Our processes log in as the users of docs/security.md, the platform as others, and nobody as superuser."""
     stack.in_worker("bifrost-bootstrap", "check")
     sessions = "SELECT DISTINCT usename FROM pg_stat_activity WHERE client_addr IS NOT NULL"
@@ -152,31 +169,31 @@ def test_s02_nobody_of_ours_is_an_administrator(stack: Stack, secrets_folder: Pa
     users = json.loads(stack.compose(*command, "list_users").stdout)
     assert {one["user"]: one["tags"] for one in users} == {"bifrost_bootstrap": [], "bifrost": ["management"]}
 
-    ours = (secrets_folder / "redis-url").read_text().strip()
+    ours = (secrets_made / "redis-url").read_text().strip()
     assert "User bifrost_bootstrap has no permissions" in stack.redis("CONFIG", "GET", "*", url=ours)
     assert "No permissions" in stack.redis("GET", "sessions:1", url=ours)
     assert "User default has no permissions" in stack.redis("GET", "bifrost:module:index", url="redis://redis")
 
 
-def test_s02_the_platform_writes_rows_and_entries(stack: Stack, secrets_folder: Path) -> None:
+def test_s02_the_platform_writes_rows_and_entries(stack: Stack, secrets_made: Path) -> None:
     """The platform's role writes rows and changes no table, its Redis user writes entries and no configuration."""
     stack.sql("INSERT INTO workspace_files (path, content) VALUES ('row', ''); DELETE FROM workspace_files", "bifrost")
     with pytest.raises(AssertionError, match="must be owner of table workspace_files"):
         stack.sql("DROP TABLE workspace_files", "bifrost")
-    url = platform(secrets_folder)["BIFROST_REDIS_URL"]
+    url = platform(secrets_made)["BIFROST_REDIS_URL"]
     assert stack.redis("SETEX", "bifrost:module:live.py", "60", "{}", url=url) == "OK"
     assert stack.redis("DEL", "bifrost:module:live.py", url=url) == "1"
     assert "User bifrost has no permissions" in stack.redis("CONFIG", "GET", "*", url=url)
 
 
-def test_the_tree_has_the_platforms_key(stack: Stack, secrets_folder: Path) -> None:
+def test_the_tree_has_the_platforms_key(stack: Stack, secrets_made: Path) -> None:
     """The worker, which runs the platform's `env.py`, has BIFROST_SECRET_KEY in its environment, as API and worker."""
-    key = platform(secrets_folder)["BIFROST_SECRET_KEY"]
+    key = platform(secrets_made)["BIFROST_SECRET_KEY"]
     environ = stack.in_worker("sh", "-c", "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep SECRET_KEY")
     assert set(environ.split()) == {f"BIFROST_SECRET_KEY={key}"}
 
 
-def test_flower_wants_its_password(stack: Stack, secrets_folder: Path) -> None:
+def test_flower_wants_its_password(stack: Stack, secrets_made: Path) -> None:
     """Flower listens on 127.0.0.1 only, refuses who has no password, and shows our tasks to who has."""
     stack.compose("up", "-d", "--wait", "--no-deps", "flower")
     address = stack.compose("port", "flower", "5555").stdout.strip()
@@ -185,7 +202,7 @@ def test_flower_wants_its_password(stack: Stack, secrets_folder: Path) -> None:
         urllib.request.urlopen(f"http://{address}/tasks", timeout=30)
     assert refused.value.code == 401
     refused.value.close()
-    account = base64.b64encode((secrets_folder / "flower-auth").read_bytes().strip()).decode()
+    account = base64.b64encode((secrets_made / "flower-auth").read_bytes().strip()).decode()
     request = urllib.request.Request(f"http://{address}/tasks", headers={"Authorization": f"Basic {account}"})
     with urllib.request.urlopen(request, timeout=30) as page:  # noqa: S310 - http, two lines above
         assert page.status == 200

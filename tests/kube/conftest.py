@@ -104,6 +104,17 @@ def place(images: tuple[str, str], servers: None, redis_databases: Iterator[int]
 
 
 @pytest.fixture
+def user_folder(place: Place) -> Path:
+    """Where a user stands who wrote the values of the Secret into files, as the documents say, in a clone of this."""
+    folder = place.folder / "user"
+    folder.mkdir()
+    (folder / "deploy").symlink_to(CHECKOUT / "deploy")
+    for name, value in {**place.urls, "flower-auth": "bifrost:bifrost"}.items():
+        (folder / name).write_text(value)
+    return folder
+
+
+@pytest.fixture
 def play(place: Place) -> Iterator[Pods]:
     """Makes Pods of this test's own."""
     with Pods(place) as pods:

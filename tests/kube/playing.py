@@ -29,17 +29,27 @@ KEEP_INIT = {"io.podman.annotations.init.container.type": "always"}
 
 @dataclass(frozen=True)
 class Place:
-    """A database and a Redis of a test's own, in a folder what a Pod is told of them, and the images to use."""
+    """
+    A database and a Redis of a test's own, in a folder what a Pod is told of them, and the images to use.
+
+    made: the values of the Secret where somebody has made one; otherwise they are the URLs.
+    """
 
     name: str
     redis_database: int
     folder: Path
     bootstrap: str
     standin: str
+    made: dict[str, str] | None = None
+
+    @property
+    def secret(self) -> dict[str, str]:
+        """The values of the Secret that Pods are given."""
+        return self.urls if self.made is None else self.made
 
     @property
     def urls(self) -> dict[str, str]:
-        """The values of the Secret."""
+        """What each of its keys should hold."""
         return {
             "database-url": f"postgresql://bifrost:{PASSWORD}@{SERVERS['postgres']}:5432/{self.name}",
             "redis-url": f"redis://{SERVERS['redis']}:6379/{self.redis_database}",
@@ -62,18 +72,20 @@ class Pod:
         settings = copy.deepcopy(named(manifests, "ConfigMap", "bifrost-bootstrap"))
         settings["data"]["BIFROST_ALEMBIC_CONFIG"] = "/tree/alembic.ini"
         del settings["data"]["BIFROST_ALEMBIC_PYTHON"]
+        maker = named(manifests, kind, name)
+        labels = maker["spec"]["template"]["metadata"]["labels"]
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": self.name, "annotations": KEEP_INIT},
-            "spec": self._playable(copy.deepcopy(pod_of(named(manifests, kind, name))), tree),
+            "metadata": {"name": self.name, "labels": labels, "annotations": KEEP_INIT},
+            "spec": self._playable(copy.deepcopy(pod_of(maker)), tree),
         }
         self.file = place.folder / f"{self.name}.yaml"
         secrets = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": f"{self.name}-secrets"},
-            "data": place.urls,
+            "data": place.secret,
         }
         self.file.write_text(yaml.safe_dump_all([settings, secrets, pod]))
 
@@ -91,11 +103,11 @@ class Pod:
             container["command"] = ["python", "standin.py"]
             # It reads a secretKeyRef in another form than the one in which it stores a Secret.
             for variable in container["env"]:
-                variable["value"] = self.place.urls[variable.pop("valueFrom")["secretKeyRef"]["key"]]
+                variable["value"] = self.place.secret[variable.pop("valueFrom")["secretKeyRef"]["key"]]
         for volume in spec["volumes"]:
             if "secret" in volume:
                 # It hands out the base64 of a Secret's values.
-                del volume["secret"]
+                assert {item["key"] for item in volume.pop("secret")["items"]} <= self.place.secret.keys()
                 volume["configMap"] = {"name": f"{self.name}-secrets", "optional": False}
             else:
                 # An emptyDir is a volume of that name, shared by all Pods.

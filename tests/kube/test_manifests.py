@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from bifrost_bootstrap.cli import main
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.settings import Settings, duration
 from tests.compose.stack import CHECKOUT, run
+from tests.docs.documents import fence
 from tests.kube.manifests import (
     EXAMPLES,
     FOLDER,
@@ -97,6 +99,24 @@ def test_an_overlay_sets_both_images(variant: str, tmp_path: Path) -> None:
 
 
 @needs_kubectl
+def test_the_overlay_of_the_page(tmp_path: Path) -> None:
+    """The overlay of docs/adopting.md, beside a clone, sets every image and the tree, and renames the ConfigMap."""
+    shutil.copytree(FOLDER, tmp_path / "bifrost_bootstrap/deploy/kubernetes")
+    (tmp_path / "kustomization.yaml").write_text(fence("docs/adopting.md", "kube: overlay").text)
+    result = run("kubectl", "kustomize", tmp_path)
+    assert result.stderr == ""
+    manifests = list(yaml.safe_load_all(result.stdout))
+    used = {container["image"] for _, pod in pods(manifests) for container in containers(pod)}
+    assert used == {"registry.example/bifrost-bootstrap:1.4.0", "registry.example/bifrost-api:1.4.0"}
+    settings = named(manifests, "ConfigMap", OURS)
+    assert settings["data"]["BIFROST_ALEMBIC_CONFIG"] == "/srv/api/alembic.ini"
+    before = named(built("base"), "ConfigMap", OURS)
+    assert settings["data"].keys() == before["data"].keys()
+    (init,) = pod_of(named(manifests, "Deployment", "bifrost-api"))["initContainers"]
+    assert init["envFrom"][0]["configMapRef"]["name"] == settings["metadata"]["name"] != before["metadata"]["name"]
+
+
+@needs_kubectl
 def test_s02_only_who_migrates_may() -> None:
     """The URL of the role that migrates is given to those that run migrations, and to nobody else."""
     for variant in VARIANTS:
@@ -161,6 +181,8 @@ def test_every_secret_has_an_example() -> None:
     files = set(re.findall(r"/run/secrets/bifrost/([a-z-]+)", text))
     assert files <= secrets["bifrost-secrets"]
     assert {"database-url", "redis-url", "rabbitmq-url"} <= secrets["bifrost-secrets"]
+    shown = fence("docs/operations.md", "kube: first deploy").text
+    assert set(re.findall(r"--from-file=([a-z-]+)", shown)) == secrets["bifrost-secrets"]
     for _, pod in pods(MANIFESTS):
         for container in containers(pod):
             for variable in container.get("env", []):

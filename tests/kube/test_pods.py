@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.compose.stack import CHECKOUT, wait_until
+from tests.docs.documents import fence
+from tests.kube.cluster import Cluster
 from tests.kube.playing import Place, Pods
 
 pytestmark = [pytest.mark.kube, pytest.mark.timeout(900)]
@@ -14,23 +18,32 @@ API, WORKER, BOOTSTRAP_WORKER = "bifrost-api", "bifrost-worker", "bifrost-bootst
 IMPORTED = "imported compose_probe.py from the cache: 1"
 
 
-def test_api_starts_after_init(play: Pods) -> None:
+def test_api_starts_after_init(play: Pods, user_folder: Path) -> None:
     """The API's container starts after its init container has ended with 0, and imports from the cache."""
-    api = play.pod("base", API, tree=TREE)
-    api.play().ends_well()
+    cluster = Cluster(play, user_folder, TREE)
+    said = cluster.paste(fence("docs/operations.md", "kube: first deploy"))
+    cluster.playing[WORKER].ends_well()
+    assert "init: ready" in said[-1]
+    api = cluster.playing[API].pod
     init = api.state("init")
     assert (init["Status"], init["ExitCode"]) == ("exited", 0)
     assert api.state("api")["StartedAt"] > init["FinishedAt"]  # same clock, same format: text order is time order
     wait_until(lambda: IMPORTED in api.output("api"), "the API imports a module from the cache")
 
 
-def test_api_does_not_start_after_a_broken_migration(play: Pods) -> None:
-    """After an init container that ended with 1 the API's container is never started."""
-    api = play.pod("base", API, tree=BROKEN)
-    api.play().fails()
+def test_api_does_not_start_after_a_broken_migration(play: Pods, user_folder: Path) -> None:
+    """After an init container that ended with 1 the API's container is never started, and it is seen why."""
+    cluster = Cluster(play, user_folder, BROKEN)
+    cluster.paste(fence("README.md", "kube: by hand"))
+    for playing in cluster.playing.values():
+        playing.fails()
+    api = cluster.playing[API].pod
     assert api.state("init")["ExitCode"] == 1, api.output("init")
-    assert "nowhere" in api.output("init")
     assert api.never_started("api")
+    pods, log = cluster.paste(fence("docs/operations.md", "kube: after a failure"))
+    assert api.name in pods.split()
+    assert cluster.playing[WORKER].pod.name not in pods.split()
+    assert "nowhere" in log
 
 
 def test_two_replicas_at_once(play: Pods, place: Place) -> None:
