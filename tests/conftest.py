@@ -3,7 +3,8 @@
 Servers are started when the first test wants them, once per run (per xdist worker), and shared: a test that
 kills, fills or reconfigures one takes its own with `start_server`.
 Where BIFROST_TEST_DATABASE_URL, BIFROST_TEST_REDIS_URL or BIFROST_TEST_RABBITMQ_URL is set, the shared server is that
-one; nothing else ever makes a test talk to a server that it has not started itself.
+one; nothing else ever makes a test talk to a server that it has not started itself. BIFROST_TEST_REDIS_PROGRAM is the
+program of every private Redis.
 """
 
 from __future__ import annotations

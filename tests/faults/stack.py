@@ -25,6 +25,12 @@ FOLDER = Path(__file__).parent
 TREE = FOLDER / "tree" / "alembic.ini"
 REVISIONS = ["0001", "0002"]
 PREFIX = "bifrost:module:"
+#: The index, all keys of the cache, and their values (the index has none). In one step: where only init was hit, the
+#: worker goes on, and its switch may come between two reads.
+READ_CACHE = """
+local keys = redis.call('KEYS', ARGV[1] .. '*')
+return {redis.call('SMEMBERS', ARGV[1] .. 'index'), keys, #keys > 0 and redis.call('MGET', unpack(keys)) or {}}
+"""
 #: What the cache holds before, written as the platform's API does.
 PREVIOUS = {"kept": "one", "gone": "one"}
 #: What the rows are when the tree is at its head.
@@ -205,13 +211,10 @@ class Deployment:
     def cache(self) -> dict[str, str]:
         """What a reader of the cache sees: path and content; the index and the entries have to agree."""
         with self.stack.redis.client() as client:
-            index: set[bytes] = set(client.smembers(f"{PREFIX}index"))
-            entries = {path: client.get(PREFIX.encode() + path) for path in index}
-            keys = set(client.scan_iter(match=f"{PREFIX}*", count=1000)) - {f"{PREFIX}index".encode()}
-        missing = [path for path, entry in entries.items() if entry is None]
-        assert not missing, f"paths in the index without an entry: {missing}"
-        assert keys == {PREFIX.encode() + path for path in index}
-        return {path.decode(): json.loads(entry)["content"] for path, entry in entries.items() if entry}
+            index, keys, values = client.eval(READ_CACHE, 0, PREFIX)
+        entries = {key: value for key, value in zip(keys, values, strict=True) if key != f"{PREFIX}index".encode()}
+        assert set(entries) == {PREFIX.encode() + path for path in index}, (index, keys)
+        return {key.decode().removeprefix(PREFIX): json.loads(entry)["content"] for key, entry in entries.items()}
 
     def rows(self) -> dict[str, str]:
         """The modules of the database."""

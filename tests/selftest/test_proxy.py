@@ -174,6 +174,22 @@ def test_refuse_closes_and_heal_opens_the_same_port(echo: int, start_proxy: Star
         assert exchange(client, b"after") == b"after"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a socket hold a port for another")
+def test_a_port_is_held_while_nobody_listens_on_it(echo: int, start_proxy: StartProxy) -> None:
+    """What another test run would ask for in between is refused; after the end it is free."""
+    proxy = start_proxy(echo)
+    proxy.refuse()
+    with socket.socket() as another, pytest.raises(OSError, match="in use"):
+        another.bind((proxy.host, proxy.port))
+    proxy.heal()
+    with connect(proxy) as client:
+        assert exchange(client, b"hello") == b"hello"
+    ended = start_proxy(echo)  # without a connection, which would linger at the port
+    ended.close()
+    with socket.socket() as another:
+        another.bind((ended.host, ended.port))
+
+
 def test_a_server_that_is_down_ends_the_client(start_proxy: StartProxy) -> None:
     """A client of a proxy without a server is closed, not left hanging."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+from tests.servers.process import MARK_VARIABLE
+
 #: Both ends are words that nothing else contains; between them stand the characters that a URL must escape, so
 #: that whoever forgets to quote, or masks only up to the first "@", is found by the first test with a server.
 LEAK_MARKS = ("Qz4Zebra", "Qz4Yak")
@@ -45,13 +47,15 @@ def leaks_below(folder: Path) -> Iterator[str]:
 def leaks_in_processes(mark: str) -> Iterator[str]:
     """Name every process with the planted password in its arguments, where any user of the machine may read it.
 
-    Only those whose environment holds the mark: somebody else's test run may plant leaks of its own. Linux only.
+    Only those whose own mark begins with this one: a run within the run, and somebody else's, may plant leaks of its
+    own. Linux only.
     """
-    marks = [word.encode() for word in LEAK_MARKS]
+    marks, own = [word.encode() for word in LEAK_MARKS], f"{MARK_VARIABLE}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes()
-            if any(word in arguments for word in marks) and mark.encode() in (folder / "environ").read_bytes():
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if any(word in arguments for word in marks) and any(one.startswith(own) for one in variables):
                 yield f"the arguments of process {folder.name} ({os.fsdecode(arguments.partition(bytes(1))[0])})"
         except OSError:
             continue  # it has ended, or is not ours

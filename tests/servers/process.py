@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -38,6 +39,8 @@ RUN_PREFIX = "bifrost-tests-"
 KEPT_RUNS = 3
 #: In the environment of every process that a run starts; descendants inherit it, also in sessions of their own.
 MARK_VARIABLE = "TEST_RUN_MARK"
+#: What holds the ports that this process was given.
+_held: dict[int, socket.socket] = {}
 
 
 class ServerMissing(Exception):
@@ -111,17 +114,34 @@ def _remove_old_runs() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
+    """Return a TCP port of 127.0.0.1 that nobody has, and keep it from all others who ask for one until `give_back`.
+
+    Also while nobody listens on it, between a stop and a start: a socket that never listens holds it, and leaves
+    it to whoever sets SO_REUSEADDR, as every server does. (On Linux; elsewhere nothing holds it.)
+    """
     ports = random.SystemRandom().sample(PORT_RANGE, 100)
     for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: TIME_WAIT is free
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", port))
+        except OSError:
+            holder.close()
+            continue
+        if sys.platform == "linux":
+            # Not before it is bound: then it would be given a port that is held.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _held[port] = holder
+        else:
+            holder.close()
+        return port
     raise RuntimeError(f"no free port among {len(ports)} tried")
+
+
+def give_back(*ports: int) -> None:
+    """Hold these ports no longer; nothing happens where they are not held."""
+    for port in ports:
+        if holder := _held.pop(port, None):
+            holder.close()
 
 
 def find_program(name: str, *folders: str) -> str:
@@ -441,8 +461,9 @@ class Server(ABC):
         self._tree().resume()
 
     def close(self) -> None:
-        """Kill it and remove its data; the log stays for the search through all output."""
+        """Kill it, remove its data and give its port back; the log stays for the search through all output."""
         self.kill()
+        give_back(self.port)
         shutil.rmtree(self.data, ignore_errors=True)
 
     def hand_over(self, *paths: Path) -> None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from tests.servers.process import free_port
+from tests.servers.process import free_port, give_back
 
 #: Bytes forwarded at a time.
 CHUNK_BYTES = 1 << 16
@@ -125,8 +125,9 @@ class Proxy:
             self._state.notify_all()
 
     def close(self) -> None:
-        """End it; the same as `refuse`."""
+        """End it: as `refuse`, and its port may be another's."""
         self.refuse()
+        give_back(self.port)
 
     def connect(self) -> socket.socket:
         """Open a connection to the server; OSError if it is not there."""

@@ -23,6 +23,7 @@ from tests.servers.process import (
     ServerMissing,
     find_program,
     free_port,
+    give_back,
     wait_until,
 )
 
@@ -181,6 +182,7 @@ class RabbitmqServer(Server, Rabbitmq):
         super().close()
         if self._mapper is not None:
             self._mapper.end()
+        give_back(self.distribution_port, self.mapper_port)
 
     def _start_mapper(self) -> None:
         """Start epmd ourselves: one that the node starts is a daemon that outlives everything."""

