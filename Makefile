@@ -6,8 +6,9 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 # pytest's own options, for instance: make test PYTEST_ARGS='-k lock -x'
 PYTEST_ARGS ?=
-# How often `make race` repeats the races.
+# How often `make race` repeats the races, and the other migration tests.
 RACES ?= 20
+OTHERS ?= 3
 
 .PHONY: help
 help: ## this list
@@ -21,7 +22,7 @@ demo: venv ## start private servers, load modules, run init twice, import a modu
 test: venv ## all tests but those below
 	tools/test-servers
 	# More processes than cores: most of a test is waiting for servers.
-	$(PYTHON) -m pytest -n 4 -m "not faults" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 4 -m "not faults and not race" $(PYTEST_ARGS)
 
 .PHONY: test-pythons
 test-pythons: venv ## the unit tests on every other CPython that is here
@@ -29,7 +30,7 @@ test-pythons: venv ## the unit tests on every other CPython that is here
 	tools/test-other-pythons
 
 .PHONY: check
-check: venv ## format, lint, types, import contracts, lock files, known vulnerabilities, Kubernetes manifests, size
+check: venv ## format, lint, types, import contracts, lock files, known vulnerabilities, Compose files, manifests, size
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
@@ -37,7 +38,7 @@ check: venv ## format, lint, types, import contracts, lock files, known vulnerab
 	$(PYTHON) tools/check-locks
 	$(PYTHON) tools/audit
 	$(PYTHON) tools/write-docs --check
-	$(PYTHON) -m pytest -q tests/kube/test_manifests.py
+	$(PYTHON) -m pytest -q tests/kube/test_manifests.py tests/compose/test_files.py
 	$(PYTHON) tools/count-lines
 
 .PHONY: bench
@@ -50,9 +51,10 @@ test-compose: venv ## the Compose stack, as a user runs it (needs a container en
 	$(PYTHON) -m pytest --timeout=900 tests/compose $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: venv ## kill, cut and fill the servers while init runs
+test-faults: venv ## kill, cut and fill the servers while init runs, and what takes half a minute each
 	tools/test-servers
-	$(PYTHON) -m pytest -n 4 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 4 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration tests/security \
+		tests/acceptance tests/warm $(PYTEST_ARGS)
 
 .PHONY: test-kube
 test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)
@@ -64,16 +66,17 @@ soak: venv ## live writers, restarts and re-warms, for a long time
 	$(PYTHON) -m pytest --timeout=0 tests/soak $(PYTEST_ARGS)
 
 .PHONY: race
-race: venv ## the tests that race processes against each other, many times (RACES=20), the other migration tests 3 times
+race: venv ## the tests that race processes against each other (RACES=20 times), the other migration tests (OTHERS=3)
 	tools/test-servers
 	@run=1; while [ $$run -le $(RACES) ]; do \
 		echo "race $$run of $(RACES)"; \
 		$(PYTHON) -m pytest -q -x -n 2 -m race $(PYTEST_ARGS) || exit 1; \
 		run=$$((run + 1)); \
 	done
-	@for run in 1 2 3; do \
-		echo "the other migration tests, $$run of 3"; \
+	@run=1; while [ $$run -le $(OTHERS) ]; do \
+		echo "the other migration tests, $$run of $(OTHERS)"; \
 		$(PYTHON) -m pytest -q -x -n 2 -m "not race" tests/migration $(PYTEST_ARGS) || exit 1; \
+		run=$$((run + 1)); \
 	done
 
 .PHONY: docs

@@ -38,14 +38,14 @@ class Document:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """Its fenced code blocks."""
-        fence = re.compile(r"^(?:<!-- ([^\n]*?) -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+        """Its fenced code blocks, also those within a list."""
+        fence = re.compile(r"^( *)(?:<!-- ([^\n]*?) -->\n\1)?```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
         return [
             Block(
-                f"{self.name}:{self.text.count(chr(10), 0, found.start(3))}",
-                found[2],
-                found[1] or "",
-                tuple(found[3].splitlines()),
+                f"{self.name}:{self.text.count(chr(10), 0, found.start(4))}",
+                found[3],
+                found[2] or "",
+                tuple(line.removeprefix(found[1]) for line in found[4].splitlines()),
             )
             for found in fence.finditer(self.text)
         ]
@@ -53,7 +53,7 @@ class Document:
     @cached_property
     def prose(self) -> str:
         """The text without its code blocks, fenced or indented."""
-        text = re.sub(r"^```.*?^```$", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^ *```.*?^ *```$", "", self.text, flags=re.MULTILINE | re.DOTALL)
         return re.sub(r"(?<=\n\n)(    .*\n|\n)+", "\n", text)
 
     @property
@@ -76,9 +76,16 @@ class Document:
     def anchors(self) -> set[str]:
         """What a link into it may name after "#", made of its headings as GitHub does."""
         headings = re.findall(
-            r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", self.text, flags=re.MULTILINE | re.DOTALL), re.M
+            r"^#+ (.+)$", re.sub(r"^ *```.*?^ *```$", "", self.text, flags=re.MULTILINE | re.DOTALL), re.M
         )
         return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def fence(document: str, note: str) -> Block:
+    """The one block of a document (its path in the checkout) below `<!-- {note} -->`, for the test that runs it."""
+    found = [block for block in Document(CHECKOUT / document).blocks if block.note == note]
+    assert len(found) == 1, f"{document} has {len(found)} blocks below <!-- {note} -->"
+    return found[0]
 
 
 DOCUMENTS = [Document(file) for file in [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md"))]]

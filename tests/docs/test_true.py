@@ -23,6 +23,10 @@ OTHER_HOMES = (".env.example", "docker-compose.yml", "deploy/compose/services.ym
 #: Folders and files of the checkout that documents speak of without a link.
 PLACES = r"(?:bifrost_bootstrap|benchmarks|deploy|docs|requirements|tests|tools)/[\w./-]*"
 OUR_PROGRAM = "bifrost-bootstrap"
+#: How the comment begins above a block that is no more than a part of a file of the checkout, which it names.
+PART_OF = "part of: "
+#: Who runs a block, by the first word of the comment above it; the rest of it is the block's name there.
+RUNNERS = {"session": "tests/docs", "rights": "tests/security", "compose": "tests/compose", "kube": "tests/kube"}
 
 each = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda one: one.name)
 
@@ -101,25 +105,21 @@ def test_make_targets_exist(document: Document) -> None:
 
 
 def yaml_blocks() -> list[Any]:
-    """Each YAML block of the documents."""
+    """Each YAML block of the documents, but those that tests/kube builds."""
     found = [block for document in DOCUMENTS for block in document.blocks if block.language == "yaml"]
-    return [pytest.param(block, id=block.where) for block in found]
+    return [pytest.param(block, id=block.where) for block in found if not block.note.startswith("kube: ")]
 
 
 @pytest.mark.parametrize("block", yaml_blocks())
 def test_yaml_is_what_we_ship(block: Block) -> None:
-    """A Compose snippet has the keys and conditions of our Compose files, a Kubernetes one is part of a manifest."""
+    """A Compose snippet has the keys and conditions of our Compose files, any other is part of a file that we ship."""
     shown = yaml.safe_load(block.text)
     if "services" in shown:
         for name, service in shown["services"].items():
             compare_with_compose(name, service)
         return
-    manifests = [
-        manifest
-        for file in CHECKOUT.glob("deploy/kubernetes/*/*.yaml")
-        for manifest in yaml.safe_load_all(file.read_text())
-    ]
-    assert any(is_part(shown, part) for manifest in manifests for part in parts(manifest)), block.where
+    shipped = yaml.safe_load_all((CHECKOUT / block.note.removeprefix(PART_OF)).read_text())
+    assert any(is_part(shown, part) for manifest in shipped for part in parts(manifest)), block.where
 
 
 def compare_with_compose(name: str, service: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def command_lines(document: Document) -> Iterator[list[str]]:
     """The words behind `bifrost-bootstrap`, wherever a command is shown; in a line also without it: `check --json`."""
     short = [f"{OUR_PROGRAM} {span}" for span in document.spans if re.match(rf"({'|'.join(main.commands)}) \S", span)]
     for code in [*document.spans, *document.lines, *short]:
-        for found in re.finditer(rf"\b{OUR_PROGRAM} ([a-z-][^#;|&)]*)", code):
+        for found in re.finditer(rf"\b{OUR_PROGRAM} ([a-z-][^#;|&)']*)", code):
             yield shlex.split(re.sub(r"\[OPTIONS\]|[\[\]]", "", found[1]))
 
 
@@ -174,6 +174,37 @@ def parse(words: list[str]) -> None:
             command.make_context(words[0], list(words[1:]))
     except click.BadOptionUsage:
         pass  # `check --wait`: an option by its name alone
+
+
+@each
+def test_every_block_is_run(document: Document) -> None:
+    """Each block of commands or YAML has a comment above it that names it, and a test that takes it by that name."""
+    assert len(re.findall(r"^ *```", document.text, re.MULTILINE)) == 2 * len(document.blocks), document.name
+    for block in document.blocks:
+        assert block.language in {"console", "sh", "yaml", "text"}, block.where
+        if block.language == "sh" or (block.language == "yaml" and not block.note.startswith(PART_OF)):
+            assert is_taken(block), f"{block.where}: nobody runs what stands below {block.note!r}"
+
+
+def is_taken(block: Block) -> bool:
+    """Whether a test names it."""
+    kind, _, name = block.note.partition(": ")
+    files = (CHECKOUT / RUNNERS[kind]).glob("*.py") if kind in RUNNERS else []
+    return bool(name) and any(re.search(rf'"({kind}: )?{re.escape(name)}"', file.read_text()) for file in files)
+
+
+def test_a_block_that_nobody_runs_is_found() -> None:
+    """The positive control of the test above."""
+    for note in ("", "compose", "compose: tried by hand", "kube: try it out", "tests: try it out"):
+        assert not is_taken(Block("here", "sh", note, ()))
+    assert is_taken(Block("here", "sh", "compose: try it out", ()))
+
+
+def test_the_same_is_shown_in_the_same_words() -> None:
+    """Blocks below the same comment are equal: one that is run stands for the others."""
+    shown: dict[str, str] = {}
+    for block in (block for document in DOCUMENTS for block in document.blocks if block.note.partition(": ")[2]):
+        assert shown.setdefault(block.note, block.text) == block.text, block.where
 
 
 def test_every_document_is_read() -> None:
