@@ -90,6 +90,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(RunChecks(config.stash[RUN]), "run-checks")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+        # Ignored where the run is in the background of a script, and then by all that it starts.
+        signal.signal(signal.SIGINT, _interrupt)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -23,6 +23,8 @@ from tests.servers.process import KEPT_RUNS, lives, wait_until
 ROOT = Path(__file__).parents[2]
 #: Seconds for a run of pytest, and for what it must do when it is told to end.
 PATIENCE = 60.0
+#: Words before a command that is to be as in the background of a script, where SIGINT is ignored.
+IN_BACKGROUND = ("sh", "-c", 'trap "" INT; exec "$0" "$@"')
 #: Every way of putting out the planted password, each in a test that passes, and a process left running.
 WRONG = """
 import logging, subprocess, sys
@@ -246,9 +248,10 @@ def test_nothing_outlives_an_interrupted_run(
     server: str,
     options: Sequence[str],
 ) -> None:
-    """Ctrl-C, SIGTERM and even SIGKILL to pytest end every server and process that it has started."""
+    """Ctrl-C, also where it is ignored at first, SIGTERM and even SIGKILL end every server and process of a run."""
     told = Path(inner.env["TOLD"])
-    run = start_command(inner.command(LONG.replace("SERVER", server), *options), env=inner.env, cwd=inner.folder)
+    words = inner.command(LONG.replace("SERVER", server), *options)
+    run = start_command([*IN_BACKGROUND, *words], env=inner.env, cwd=inner.folder)
     wait_until(lambda: read(told).endswith("\n") or not run.running, "the inner run", PATIENCE)
     assert run.running, read(run.stdout)
     started = [psutil.Process(int(word)) for word in read(told).split()]
