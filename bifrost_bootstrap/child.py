@@ -65,7 +65,8 @@ class Child:
 
     def events(self, every: float) -> Iterator[dict[str, Any]]:
         """
-        What it says until it ends, and an empty event every so many seconds; what the tree prints goes to the log.
+        What it says until it ends, and an empty event at once and every so many seconds; what the tree prints goes to
+        the log.
 
         What it has started may live on and keep the pipes open.
         """
@@ -75,7 +76,7 @@ class Child:
         with selectors.DefaultSelector() as selector:
             for stream in (stdout, stderr):
                 selector.register(stream, selectors.EVENT_READ, _Lines(stream))
-            due = Deadline(every)
+            due = Deadline(0)
             while selector.get_map() and not (ended and ended.passed):
                 for key, _ in selector.select(ended.remaining if ended else due.remaining):
                     lines = key.data.read()

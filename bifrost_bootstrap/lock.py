@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psycopg
@@ -213,8 +213,10 @@ def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -
         _end_earlier_runner(lock, deadline, say)
         _want_second_connection(url, lock)
         yield lock
-        # Ends the transaction, and with it the lock.
-        connection.rollback()
+        # Ends the transaction, and with it the lock. A pooler may have done so, now that nobody keeps it alive: what
+        # was done under the lock has proven it at each commit.
+        with suppress(psycopg.OperationalError):
+            connection.rollback()
 
 
 def _take(connection: Connection, deadline: Deadline, on_wait: Callable[[str], None]) -> None:

@@ -10,6 +10,9 @@ from typing import Literal
 import psycopg
 import pytest
 
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.lock import hold
+from bifrost_bootstrap.urls import parse_postgres
 from tests.migration.conftest import StartMigrate, StartPool
 from tests.migration.steps import (
     Barrier,
@@ -250,6 +253,19 @@ def test_m03_pool_of_one_is_named(
     assert "pool of one connection" in done.facts["message"]
     assert "BIFROST_MIGRATION_DATABASE_URL" in done.facts["remedy"]
     assert database.execute("SELECT to_regclass('alembic_version')::text") == [(None,)]
+
+
+def test_m03_lock_that_the_pooler_ends_at_last(database: Database, start_pool: StartPool) -> None:
+    """Between the end of a runner and the lock's nobody speaks on its connection: where the pooler ends that, nothing
+    has failed.
+    """
+    url = parse_postgres(start_pool(2).url(database.name))
+    with hold(url, Deadline(60), print):
+        assert len(lock_sessions(database)) == 1
+        wait_until(lambda: not lock_sessions(database), "the end of the lock")
+    with hold(url, Deadline(60), print):
+        assert len(lock_sessions(database)) == 1
+    assert lock_sessions(database) == []
 
 
 @pytest.mark.timeout(120)
