@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, LiteralString
 
 import psycopg
 from psycopg.types.string import ByteaBinaryLoader
 
-from bifrost_bootstrap import module_cache, postgres
+from bifrost_bootstrap import module_cache, module_source, postgres
 from bifrost_bootstrap.errors import WarmError
 from bifrost_bootstrap.module_cache import CacheStates, ModuleCache
+from bifrost_bootstrap.module_source import ModuleSource, OpenWriter
 from bifrost_bootstrap.postgres import Connection
-from bifrost_bootstrap.urls import PostgresUrl
+from bifrost_bootstrap.settings import Settings
 
-#: A row is a module.
-_MODULES: LiteralString = (
-    " FROM workspace_files WHERE entity_type = 'module' AND NOT is_deleted AND content IS NOT NULL"
-)
 _COMPUTED_HASH: LiteralString = "encode(sha256(convert_to(content, 'UTF8')), 'hex')"
 #: `content_hash` is trusted where it is this many of these. (A regular expression in the query would take longer
 #: than all the rest of a comparison.)
@@ -45,8 +42,10 @@ class CacheDiff:
 
     added: rows that are not in the index. changed: entries that differ from their row. removed: indexed paths
     without a row. expiring: equal entries whose time to live is not what the TTL policy wants, or that the index
-    does not name. odd: rows that cannot be cached, with the reason. modules: rows that can. indexed: paths in the
-    index. compared: the tail of every path of the first four.
+    does not name. odd: rows that cannot be cached, with the reason. modules: rows that can. private: paths in the index
+    that are the platform's own. indexed: paths in the index. compared: the tail of every path of the first four.
+    index_expires: the index has a time to live. requirements: how the requirements entry stands, "present", "missing"
+    (a warm makes it), or "none" (there is no row to make it from).
     """
 
     added: list[bytes] = field(default_factory=list)
@@ -55,12 +54,16 @@ class CacheDiff:
     expiring: list[bytes] = field(default_factory=list)
     odd: list[tuple[str, str]] = field(default_factory=list)
     modules: int = 0
+    private: int = 0
     indexed: int = 0
     compared: dict[bytes, bytes] = field(default_factory=dict)
+    index_expires: bool = False
+    requirements: str = "none"
 
     @property
     def empty(self) -> bool:
-        return self.complete and not self.expiring
+        """Whether a warm has nothing to do."""
+        return self.complete and not (self.expiring or self.index_expires or self.requirements == "missing")
 
     @property
     def complete(self) -> bool:
@@ -88,32 +91,41 @@ class CacheDiff:
             paths = getattr(self, kind)
             facts[kind] = len(paths)
             facts[f"{kind}_paths"] = [path.decode(errors="replace") for path in paths[:NAMED_PATHS]]
+        facts |= {"index_expires": self.index_expires, "requirements": self.requirements}
         return facts | {"odd": [{"path": path, "reason": reason} for path, reason in self.odd]}
 
     def summary(self) -> str:
         """`3 added, 1 removed`; "no difference" where it is empty."""
         counts = {kind: len(getattr(self, kind)) for kind in KINDS}
-        return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no difference"
+        parts = [f"{count} {kind}" for kind, count in counts.items() if count]
+        parts += ["the index expires"] if self.index_expires else []
+        parts += ["the requirements entry is missing"] if self.requirements == "missing" else []
+        return ", ".join(parts) or "no difference"
 
 
 class Snapshot:
-    """The rows as they stood at one moment. `heads`: the revisions that the database recorded then."""
+    """The rows of a source as they stood at one moment. `heads`: the revisions that the database recorded then."""
 
-    def __init__(self, connection: Connection, version_table: str) -> None:
+    def __init__(self, connection: Connection, source: ModuleSource, version_table: str) -> None:
         self._connection = connection
+        self.source = source
         self.heads = postgres.database_heads(connection, version_table)
+
+    def requirements(self) -> str:
+        """The text of `requirements.txt`; "" where there is none."""
+        return module_source.read_requirements(self._connection, self.source)
 
     def hashes(self) -> Iterator[tuple[bytes | None, bytes | None]]:
         """Path and `content_hash` of every module."""
         with self._connection.cursor("modules", binary=True) as cursor:
             _take_bytes(cursor)
-            cursor.execute(f"SELECT path, content_hash{_MODULES}")
+            cursor.execute(f"SELECT path, content_hash{self.source.from_where}")
             while rows := cursor.fetchmany(_ROWS_A_FETCH):
                 yield from rows  # type: ignore[misc]
 
     def computed_hashes(self, paths: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """Path and the hash of what is in the row; slow, as PostgreSQL reads all of the content."""
-        query: LiteralString = f"SELECT path, {_COMPUTED_HASH}{_MODULES} AND path = ANY(%s)"
+        query: LiteralString = f"SELECT path, {_COMPUTED_HASH}{self.source.from_where} AND path = ANY(%s)"
         with self._connection.cursor(binary=True) as cursor:
             _take_bytes(cursor)
             for part in _parts(paths):
@@ -121,12 +133,13 @@ class Snapshot:
 
     def bytes_of(self, paths: list[bytes]) -> int:
         """Bytes of the content of these modules, without reading it."""
-        query: LiteralString = f"SELECT coalesce(sum(octet_length(content)), 0){_MODULES} AND path = ANY(%s)"
+        where = self.source.from_where
+        query: LiteralString = f"SELECT coalesce(sum(octet_length(content)), 0){where} AND path = ANY(%s)"
         return sum(int(str(postgres.scalar(self._connection, query, part))) for part in _parts(paths))
 
     def contents(self, paths: list[bytes], *, all_rows: bool) -> Iterator[Content]:
         """These modules; `all_rows` reads all, which is faster for most of them."""
-        query: LiteralString = f"COPY (SELECT path, content, content_hash{_MODULES}"
+        query: LiteralString = f"COPY (SELECT path, content, content_hash{self.source.from_where}"
         wanted = set(paths) if all_rows else set()
         with self._connection.cursor() as cursor:
             for part in [None] if all_rows else _parts(paths):
@@ -149,35 +162,46 @@ def _parts(paths: list[bytes]) -> Iterator[list[str]]:
         yield [path.decode() for path in paths[start : start + _PATHS_A_QUERY]]
 
 
-@contextmanager
-def snapshots(
-    url: PostgresUrl, version_table: str, *, answer_timeout: float | None = None
-) -> Iterator[Callable[[], AbstractContextManager[Snapshot]]]:
-    """
-    One connection for any number of snapshots: `with take() as rows:` is a read-only transaction in which every
-    query sees the same rows. Raises WarmError where the table is missing.
+class RowReader:
+    """One connection to the rows of one source, for any number of snapshots."""
 
-    answer_timeout: seconds that the whole block may take; None is no limit.
+    def __init__(self, connection: Connection, source: ModuleSource, version_table: str) -> None:
+        self._connection = connection
+        self._version_table = version_table
+        self.source = source
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """A read-only transaction in which every query sees the same rows."""
+        with self._connection.transaction():
+            yield Snapshot(self._connection, self.source, self._version_table)
+
+    def open_writers(self) -> frozenset[OpenWriter]:
+        """The transactions that have written to the table and are still open."""
+        return module_source.open_writers(self._connection, self.source)
+
+
+@contextmanager
+def row_reader(settings: Settings, *, answer_timeout: float | None = None) -> Iterator[RowReader]:
     """
+    Connect to the rows of the source that is there now.
+
+    answer_timeout: seconds that the whole block may take; None is no limit. Raises WarmError where there is no source,
+    or PostgreSQL refuses to read it.
+    """
+    url = settings.database
+    source: ModuleSource | None = None
     with postgres.connect(url, "warm", autocommit=False, answer_timeout=answer_timeout) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
-
-        @contextmanager
-        def take() -> Iterator[Snapshot]:
-            with connection.transaction():
-                yield Snapshot(connection, version_table)
-
         try:
-            yield take
-        except psycopg.errors.UndefinedTable as error:
-            raise WarmError(
-                f"{url} has no table workspace_files: not migrated, or not the platform's database"
-            ) from error
+            source = module_source.find_source(connection, settings)
+            yield RowReader(connection, source, settings.alembic_version_table)
         except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.InsufficientPrivilege):
             raise
         except psycopg.Error as error:
-            raise WarmError(f"table workspace_files of {url}: {error.diag.message_primary or error}") from error
+            table = source.table if source else ""
+            raise WarmError(f"table {table} of {url}: {error.diag.message_primary or error}") from error
 
 
 def trusted(said: bytes | None) -> bytes | None:
@@ -194,8 +218,21 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
 
     `full`: every entry counts as changed.
     """
-    diff = CacheDiff(indexed=len(states.tails))
+    diff = CacheDiff(indexed=len(states.tails), index_expires=states.index_expires)
+    diff.requirements = _requirements_state(states, rows)
+    if rows.source.table:
+        _compare_rows(diff, states, rows, full=full)
+    else:
+        # BIFROST_MODULE_SOURCE=none: nothing says what the cache should hold, so all of it is left alone.
+        diff.modules = len(states.tails)
+    return diff
+
+
+def _compare_rows(diff: CacheDiff, states: CacheStates, rows: Snapshot, *, full: bool) -> None:
+    """Fill the difference with what the rows of a table say."""
     tails, loose, off_policy = states.tails, states.loose, states.off_policy
+    trusts_hash = rows.source.trusts_hash
+    diff.private = rows.source.count_private(tails)
     matched = unmatched = 0
 
     def sort(path: bytes, found: bytes, *, indexed: bool, same: bool) -> None:
@@ -237,7 +274,7 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
         found = loose[path] if indexed is None else indexed
         wanted = trusted(said)
         same = not full and wanted is not None and found == module_cache.tail(wanted)
-        if same or full or not found:
+        if same or full or not found or (wanted is not None and trusts_hash):
             sort(path, found, indexed=indexed is not None, same=same)
         else:
             doubtful[path] = found
@@ -245,15 +282,36 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
     for path, computed in rows.computed_hashes(list(doubtful)):
         found = doubtful[path]
         sort(path, found, indexed=path in tails, same=found == module_cache.tail(computed))
-    if matched < len(tails):
-        present = {path for path, _ in rows.hashes() if path != module_cache.COLLIDING_PATH}
-        diff.removed = [path for path in tails if path not in present]
+    if matched + diff.private < len(tails):
+        diff.removed = _without_row(tails, rows)
         diff.compared |= {path: tails[path] for path in diff.removed}
-    return diff
 
 
-def look(cache: ModuleCache, url: PostgresUrl, version_table: str, *, answer_timeout: float | None = None) -> CacheDiff:
-    """Compare now, without changing anything. answer_timeout: seconds that PostgreSQL may take for all of it."""
-    states = cache.states()
-    with snapshots(url, version_table, answer_timeout=answer_timeout) as take, take() as rows:
-        return compare(states, rows)
+def _requirements_state(states: CacheStates, rows: Snapshot) -> str:
+    """As `CacheDiff.requirements`."""
+    if states.has_requirements:
+        return "present"
+    return "missing" if rows.requirements() else "none"
+
+
+def _without_row(paths: Iterable[bytes], rows: Snapshot) -> list[bytes]:
+    """The paths that no row has, but for the platform's own."""
+    present = {path for path, _ in rows.hashes() if path != module_cache.COLLIDING_PATH}
+    return [path for path in paths if path not in present and not rows.source.is_private(path)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference, and the transactions that had written rows and were open when it was taken."""
+
+    diff: CacheDiff
+    open_writers: frozenset[OpenWriter]
+
+
+def compare_now(client: Any, settings: Settings, *, answer_timeout: float | None = None) -> Comparison:
+    """Compare without changing anything. answer_timeout: seconds that PostgreSQL may take for all of it."""
+    with row_reader(settings, answer_timeout=answer_timeout) as reader:
+        states = ModuleCache(client, reader.source.ttl(settings)).states()
+        writers = reader.open_writers()
+        with reader.snapshot() as rows:
+            return Comparison(compare(states, rows), writers)

@@ -115,6 +115,8 @@ if planned > 0 then
 end
 -- What was left alone is not vouched for.
 local written = #alone == 0 and ARGV[1] or ARGV[1]:gsub('"settled": true', '"settled": false')
+-- A reader of the platform that rebuilds the index gives it a time to live.
+if call('PTTL', index) >= 0 then call('PERSIST', index) end
 call('SET', marker, written)
 for _, part in ipairs(parts) do
   local indexed = {}

@@ -239,7 +239,7 @@ def load(folder: Path, yes: bool, as_json: bool) -> int:
 
         if not yes:
             raise UsageError(f"load would write to {settings.database}", "say --yes if that is meant")
-        result = load(settings.database, folder)
+        result = load(settings, folder)
         return Outcome(ExitCode.OK, summary.of_load(result, str(settings.database)), result.to_dict())
 
     return run_command("load", as_json, work)

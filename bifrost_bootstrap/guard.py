@@ -11,12 +11,14 @@ import logging
 import math
 from collections.abc import Callable
 from threading import Thread
+from typing import Any
 
 from bifrost_bootstrap import cache_diff, lock, module_cache, postgres, readiness, redis_server, schema as schemas
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.module_cache import Marker, ModuleCache
+from bifrost_bootstrap.module_source import PLATFORM_TTL
 from bifrost_bootstrap.progress import held_key
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -55,7 +57,8 @@ class Guard:
         #: Marker, index size and heads that a comparison has found to be right.
         self._known: Seen | None = None
         # Entries that live for a time are renewed in the second half of it, in which there are two comparisons.
-        renewal = settings.module_cache_ttl / 4 or math.inf
+        ttl = PLATFORM_TTL if settings.module_cache_ttl is None else settings.module_cache_ttl
+        renewal = ttl / 4 or math.inf
         #: Seconds from one look to the next.
         self.interval = min(settings.cache_guard_interval, renewal) / LOOKS
         self._full_every = int(min(FULL_EVERY, renewal / self.interval)) if self.interval else FULL_EVERY
@@ -90,11 +93,11 @@ class Guard:
             turn = max(1, round(900 * self.interval))
             if not client.set(TURN, b"1", nx=True, px=turn):
                 return None
-            cache = ModuleCache(client, settings.module_cache_ttl)
+            cache = ModuleCache(client)
             found = self._suspicious(cache, state.database_heads)
             if found is None:
                 return None
-            first = self._compared(cache)
+            first = self._compared(client)
             if first.empty:
                 # Live writers change the count; once compared it is as good as the marker's.
                 self._known = found
@@ -103,7 +106,7 @@ class Guard:
             # It may take longer than a short turn, and two guards would send two tasks.
             client.set(TURN, b"1", px=turn + round(1000 * (SECOND_LOOK + readiness.COMPARE_TIMEOUT)))
             Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
-            again = self._compared(cache)
+            again = self._compared(client)
             client.set(TURN, b"1", px=turn)
             diff = again.only(first.same_as(again))
             # Asked last: what began meanwhile counts too, and a look that finds nothing need not ask.
@@ -133,8 +136,5 @@ class Guard:
         warmed = marker is not None and marker.tells(size, heads)
         return None if (warmed or found == self._known) and self._looks % self._full_every else found
 
-    def _compared(self, cache: ModuleCache) -> CacheDiff:
-        settings = self._settings
-        return cache_diff.look(
-            cache, settings.database, settings.alembic_version_table, answer_timeout=readiness.COMPARE_TIMEOUT
-        )
+    def _compared(self, client: Any) -> CacheDiff:
+        return cache_diff.compare_now(client, self._settings, answer_timeout=readiness.COMPARE_TIMEOUT).diff

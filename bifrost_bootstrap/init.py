@@ -145,7 +145,7 @@ def _glance(settings: Settings, tree: Tree, deadline: Deadline, away: dict[str, 
     """Schema and cache, where they can be read at once; what is in the way goes into `away`."""
     away.clear()
     try:
-        return readiness.look(settings, tree, compare=readiness.compare_timeout(deadline))
+        return readiness.look(settings, tree, compare=readiness.compare_timeout(deadline), await_open=True)
     except (UnavailableError, RefusedError) as error:
         logger.debug("at first sight: %s", error)
         away["schema and cache"] = error

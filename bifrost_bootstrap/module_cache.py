@@ -27,6 +27,10 @@ _Item = TypeVar("_Item")
 
 ENTRY = b"bifrost:module:"
 INDEX = b"bifrost:module:index"
+#: The platform's text of `requirements.txt`, which its workers install when they start.
+REQUIREMENTS = b"bifrost:requirements:content"
+#: Seconds that it lives, as the platform's own init sets it.
+REQUIREMENTS_TTL = 24 * 3600
 #: Whatever is ours alone.
 OWN = b"bifrost:bootstrap:"
 MARKER = OWN + b"marker"
@@ -92,13 +96,16 @@ class CacheStates:
 
     marker: as it was before the entries were read, b"" where there was none. tails: by path of the index, the last
     bytes of its entry, b"" where there is none. loose: the same for paths that were asked for and are not in the
-    index. off_policy: paths whose time to live is not what the TTL policy wants.
+    index. off_policy: paths whose time to live is not what the TTL policy wants. index_expires: the index has a time to
+    live. has_requirements: the requirements entry is there.
     """
 
     marker: bytes
     tails: dict[bytes, bytes] = field(default_factory=dict)
     loose: dict[bytes, bytes] = field(default_factory=dict)
     off_policy: set[bytes] = field(default_factory=set)
+    index_expires: bool = False
+    has_requirements: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,13 @@ def tail(content_hash: bytes) -> bytes:
 
 
 class ModuleCache:
-    """The cache of one Redis, as warm, check and guard see it. `ttl`: seconds that entries live, 0 for ever."""
+    """
+    The cache of one Redis, as warm, check and guard see it.
 
-    def __init__(self, client: redis.Redis, ttl: float) -> None:
+    ttl: seconds that entries live, 0 for ever; marker and size do not need it.
+    """
+
+    def __init__(self, client: redis.Redis, ttl: float = 0.0) -> None:
         self._client, self._ttl_ms = client, round(ttl * 1000)
         # With a TTL an entry is renewed in the second half of its life, so that it never runs out between warms.
         self._policy = (self._ttl_ms // 2, self._ttl_ms) if self._ttl_ms else (-1, -1)
@@ -138,17 +149,30 @@ class ModuleCache:
     def states(self, more: Iterable[bytes] = ()) -> CacheStates:
         """What the cache holds for every path of the index and for `more`."""
         states = CacheStates(self._client.get(MARKER) or b"")  # type: ignore[arg-type]
+        states.index_expires = self._index_expires()
+        states.has_requirements = bool(self._client.exists(REQUIREMENTS))
         self._read_tails(list(self._client.smembers(INDEX)), states.tails, states.off_policy)  # type: ignore[arg-type]
         self._read_tails([path for path in more if path not in states.tails], states.loose, states.off_policy)
         return states
 
     def is_still(self, states: CacheStates) -> bool:
-        """Whether marker, index and every entry are as these say, and every entry lives as the TTL policy wants."""
+        """Whether marker, index and every entry are as these say, and live as long as they should."""
         if (self._client.get(MARKER) or b"") != states.marker or self.size() != len(states.tails):
+            return False
+        if self._index_expires():
             return False
         slices = _slices(list(states.tails))
         wanted = (_digest(states.tails[path] for path in one) for one in slices)
         return all(map(operator.eq, self._run(PROOF, slices), wanted))
+
+    def _index_expires(self) -> bool:
+        return int(self._client.pttl(INDEX)) >= 0
+
+    def add_requirements(self, content: str) -> bool:
+        """Make the requirements entry where there is none; whether it was made. The platform may save a newer one."""
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        value = orjson.dumps({"content": content, "hash": digest})
+        return bool(self._client.set(REQUIREMENTS, value, ex=REQUIREMENTS_TTL, nx=True))
 
     def _read_tails(self, paths: list[bytes], tails: dict[bytes, bytes], off_policy: set[bytes]) -> None:
         slices = _slices(paths)

@@ -159,7 +159,7 @@ class Observer:
         since = self._before.marker if self._before else None
         self.truth = readiness.look(
             self._settings, self._tree, since=since, marker_suffices=self._before is not None,
-            compare=readiness.compare_timeout(self._deadline) if compare else 0,
+            compare=readiness.compare_timeout(self._deadline) if compare else 0, await_open=True,
         )  # fmt: skip
         if self._sent and self.truth.obstacle:
             # It does not say that the warm was lost.

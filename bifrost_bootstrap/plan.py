@@ -68,12 +68,10 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
     try:
         with (
             redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client,
-            cache_diff.snapshots(
-                settings.database, settings.alembic_version_table, answer_timeout=readiness.COMPARE_TIMEOUT
-            ) as take,
+            cache_diff.row_reader(settings, answer_timeout=readiness.COMPARE_TIMEOUT) as reader,
         ):
-            states = ModuleCache(client, settings.module_cache_ttl).states()
-            with take() as rows:
+            states = ModuleCache(client, reader.source.ttl(settings)).states()
+            with reader.snapshot() as rows:
                 diff = cache_diff.compare(states, rows)
                 size = rows.bytes_of(diff.added + diff.changed)
     except WarmError as error:

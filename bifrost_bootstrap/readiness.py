@@ -11,6 +11,7 @@ from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.deadline import Deadline, Patience
 from bifrost_bootstrap.errors import RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.module_cache import Marker, ModuleCache
+from bifrost_bootstrap.module_source import WRITER_WAIT, await_writers
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -94,13 +95,15 @@ def look(
     compare: float,
     since: Marker | None = None,
     marker_suffices: bool = False,
+    await_open: bool = False,
 ) -> Readiness:
     """
     Read where schema and cache stand, changing nothing, in bounded time.
 
     With `marker_suffices`, a warm that settled after the marker `since` was read, from the database as it is now,
     is believed without comparing again: its own last comparison found no difference. compare: otherwise compare, and
-    give PostgreSQL so many seconds for it; with 0, what no marker tells is not ready.
+    give PostgreSQL so many seconds for it; with 0, what no marker tells is not ready. await_open: open transactions
+    that have written modules may have set entries already; compare again when they have ended, or after `WRITER_WAIT`.
 
     Raises UnavailableError, RefusedError.
     """
@@ -108,7 +111,7 @@ def look(
     found = Readiness(schema)
     try:
         with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
-            cache = ModuleCache(client, settings.module_cache_ttl)
+            cache = ModuleCache(client)
             marker, modules = cache.marker(), cache.size()
             found = Readiness(schema, None, marker, modules)
             if not schema.ready:
@@ -116,7 +119,7 @@ def look(
             newer = marker is not None and (since is None or marker.warm_id != since.warm_id)
             if marker_suffices and newer and marker and marker.tells(modules, schema.database_heads):
                 return replace(found, warmed=True)
-            return replace(found, diff=_difference(settings, cache, compare)) if compare else found
+            return replace(found, diff=_difference(settings, client, compare, await_open)) if compare else found
     except WarmError as error:
         # No such table, or what Redis says against being read: the warm will end in it.
         return replace(found, obstacle=str(error.args[0]))
@@ -127,18 +130,19 @@ def compare_timeout(deadline: Deadline) -> float:
     return min(COMPARE_TIMEOUT, max(LOOK_TIMEOUT, deadline.remaining))
 
 
-def _difference(settings: Settings, cache: ModuleCache, answer_timeout: float) -> CacheDiff:
-    """What differs for certain, seen twice: a live writer commits a moment before he writes his entry."""
-
-    def compare() -> CacheDiff:
-        return cache_diff.look(cache, settings.database, settings.alembic_version_table, answer_timeout=answer_timeout)
-
-    first = compare()
-    if first.empty:
-        return first
+def _difference(settings: Settings, client: Any, answer_timeout: float, await_open: bool) -> CacheDiff:
+    """What differs for certain, seen twice: a live writer commits a moment before or after he writes his entry."""
+    first = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout)
+    if await_open and first.open_writers:
+        with cache_diff.row_reader(settings) as reader:
+            limit = Deadline(min(WRITER_WAIT, answer_timeout))
+            await_writers(reader.open_writers, first.open_writers, limit)
+        first = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout)
+    if first.diff.empty:
+        return first.diff
     Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
-    again = compare()
-    return again.only(first.same_as(again))
+    again = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout).diff
+    return again.only(first.diff.same_as(again))
 
 
 def wait_until_ready(settings: Settings, tree: Tree, deadline: Deadline) -> Readiness:

@@ -117,8 +117,10 @@ class Settings(BaseModel):
     #: How long a statement of a transactional revision waits for a lock before it is retried.
     migration_lock_timeout: Duration = 5.0
 
-    #: Time to live of cache entries; 0 is none.
-    module_cache_ttl: Duration = 0.0
+    #: Table of the modules: `workspace_files`, `file_index`, or `none`; `auto` takes the first that is there.
+    module_source: Literal["auto", "workspace_files", "file_index", "none"] = "auto"
+    #: Time to live of cache entries; 0 is none. Default: none for `workspace_files`, 24 h for `file_index`.
+    module_cache_ttl: Duration | None = None
     #: A lost cache is warmed again by a standing worker within this time, in which it looks twice; 0 turns that off.
     cache_guard_interval: Duration = 60.0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bifrost_bootstrap.cache_diff import CacheDiff
     from bifrost_bootstrap.init import InitReport
     from bifrost_bootstrap.load import LoadResult
     from bifrost_bootstrap.plan import Plan
@@ -56,6 +57,7 @@ def of_check(readiness: Readiness, around: Surroundings) -> Summary:
     diff = readiness.diff.summary() if readiness.diff else "not compared"
     rows.append(("cache", f"{readiness.modules:,} modules indexed; {diff}"))
     rows += _path_rows(readiness.to_dict()["module_cache"])
+    rows += _requirements_rows(readiness.diff)
     rows += [
         ("index", f"{name} is INVALID; repair it with: {repair}") for name, repair in around.invalid_indexes.items()
     ]
@@ -74,6 +76,7 @@ def of_plan(plan: Plan) -> Summary:
             ("cache", f"a warm from the rows as they are now: {plan.diff.summary()}, {size(plan.bytes)} to write")
         )
         rows += _path_rows(plan.to_dict()["module_cache"])
+        rows += _requirements_rows(plan.diff)
         if plan.diff.shrinks:
             rows.append(
                 ("brake", "a warm would stop here (2): it removes most of the cache; --allow-shrink if it is meant")
@@ -95,6 +98,18 @@ def _schema_rows(schema: SchemaState) -> list[tuple[str, str]]:
     if refusal := schema.refusal():
         rows.append(("", f"{refusal}; {refusal.remedy}"))
     return rows
+
+
+#: How the requirements entry stands, in words.
+_REQUIREMENTS = {
+    "present": "present",
+    "missing": "missing; a warm makes it from the row requirements.txt",
+    "none": "absent, as is a row requirements.txt",
+}
+
+
+def _requirements_rows(diff: CacheDiff | None) -> list[tuple[str, str]]:
+    return [("", f"requirements entry {_REQUIREMENTS[diff.requirements]}")] if diff else []
 
 
 def _path_rows(cache: Mapping[str, Any]) -> list[tuple[str, str]]:

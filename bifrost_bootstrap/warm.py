@@ -6,17 +6,17 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bifrost_bootstrap import cache_diff, module_cache, redis_server
-from bifrost_bootstrap.cache_diff import CacheDiff, Content, Snapshot
+from bifrost_bootstrap.cache_diff import CacheDiff, Content, RowReader, Snapshot
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ShrinkError, UnsettledError
 from bifrost_bootstrap.module_cache import TAIL, CacheStates, Marker, ModuleCache, Stage, Switched
+from bifrost_bootstrap.module_source import WRITER_WAIT, OpenWriter, await_writers
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
 
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Comparisons until no difference is left; each after the first meets only what was written meanwhile.
 MOST_PASSES = 20
+#: From this pass on, differences that live writers keep making do not keep a warm from ending (see `_is_in_flight`).
+#: Before it only a comparison without any difference does: it proves more, and a cache that is at rest gets there.
+SETTLING_PASS = 4
 #: Seconds that the pass may take which the deadline finds running; then it is a server that does not answer.
 LAST_PASS = 60.0
 #: Pauses between passes, seconds: a live writer needs a moment from his commit to his entry.
@@ -53,7 +56,8 @@ class WarmResult:
     """
     What a warm did. Counts of entries; `bytes` of the entries written; `heads` of the database that was warmed from.
 
-    odd: rows that cannot be cached, as (path, reason).
+    odd: rows that cannot be cached, as (path, reason). source: the table, "none" without one. requirements: "made",
+    "present" (left as it was) or "none" (there is no row to make it from).
     """
 
     warm_id: str
@@ -67,6 +71,8 @@ class WarmResult:
     passes: int = 1
     seconds: float = 0.0
     odd: list[tuple[str, str]] = field(default_factory=list)
+    source: str = ""
+    requirements: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,28 +92,41 @@ def warm(
     """
     with (
         redis_server.connect(settings.redis) as client,
-        cache_diff.snapshots(
-            settings.database, settings.alembic_version_table, answer_timeout=deadline.remaining + LAST_PASS
-        ) as take,
+        cache_diff.row_reader(settings, answer_timeout=deadline.remaining + LAST_PASS) as reader,
     ):
         room = redis_server.room_for_writing(client, settings.redis)
-        cache = ModuleCache(client, settings.module_cache_ttl)
-        return _Warm(settings, cache, take, room, report, allow_shrink).run(deadline, full)
+        ttl = reader.source.ttl(settings)
+        if reader.source.table:
+            logger.info(
+                "modules come from table %s; entries live %s", reader.source.table, f"{ttl:.0f}s" if ttl else "for ever"
+            )
+        else:
+            logger.info("BIFROST_MODULE_SOURCE=none: the module cache is left as it is")
+        return _Warm(settings, ModuleCache(client, ttl), reader, room, report, allow_shrink).run(deadline, full)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One comparison and the switch of what it found. verified: nothing is left that a further pass would change."""
+
+    diff: CacheDiff
+    heads: list[str]
+    switched: Switched
+    in_flight: bool
+
+    @property
+    def verified(self) -> bool:
+        return self.switched.as_planned and (self.diff.complete or self.in_flight)
 
 
 class _Warm:
     """One warm, pass by pass. `room`: bytes that Redis has left, None without a limit."""
 
     def __init__(
-        self,
-        settings: Settings,
-        cache: ModuleCache,
-        take: Callable[[], AbstractContextManager[Snapshot]],
-        room: int | None,
-        report: Report,
+        self, settings: Settings, cache: ModuleCache, reader: RowReader, room: int | None, report: Report,
         allow_shrink: bool,
-    ) -> None:
-        self.settings, self.cache, self.take, self.room = settings, cache, take, room
+    ) -> None:  # fmt: skip
+        self.settings, self.cache, self.reader, self.room = settings, cache, reader, room
         self.report, self.allow_shrink = report, allow_shrink
         self.warm_id = uuid.uuid4().hex[:16]
         self.counts = {"added": 0, "changed": 0, "removed": 0, "expiring": 0, "bytes": 0}
@@ -115,55 +134,82 @@ class _Warm:
         self.left_alone: list[bytes] = []
         #: What the last switch has left, where nothing came in between.
         self.known: CacheStates | None = None
+        #: By path, for the last switch: the tail that it found and the tail that it left.
+        self.switched_tails: dict[bytes, tuple[bytes, bytes]] = {}
+        #: Transactions that were open while the rows of the last switch were read: their rows may be newer.
+        self.writers: frozenset[OpenWriter] = frozenset()
+        self.requirements = ""
 
     def run(self, deadline: Deadline, full: bool) -> WarmResult:
         started = time.monotonic()
+        writer_wait = Deadline(min(WRITER_WAIT, deadline.remaining))
         number = 0
         while True:
             number += 1
-            diff, heads, switched = self._pass(full=full and number == 1)
-            if diff.complete and switched.as_planned:
-                for path, why in diff.odd:
-                    logger.warning("row %r is not cached: %s", path, why)
-                return WarmResult(
-                    self.warm_id, diff.modules, heads, **self.counts, passes=number,
-                    seconds=round(time.monotonic() - started, 3), odd=diff.odd,
-                )  # fmt: skip
+            await_writers(self.reader.open_writers, self.writers, writer_wait)
+            done = self._pass(number, full=full and number == 1)
+            if done.verified:
+                return self._result(done, number, round(time.monotonic() - started, 3))
             # Not before one comparison has followed a switch: the first finds what there was to do.
             if number == MOST_PASSES or (deadline.passed and number > 1):
-                raise UnsettledError(number, ANOTHER_WARM if diff.empty else diff.summary())
+                raise UnsettledError(number, ANOTHER_WARM if done.diff.empty else done.diff.summary())
             # As large as the cache perhaps, and the next pass makes its own.
-            del diff
+            del done
             if number > 1:
                 deadline.pause(number - 1, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
 
-    def _pass(self, *, full: bool) -> tuple[CacheDiff, list[str], Switched]:
+    def _result(self, last: _Pass, passes: int, seconds: float) -> WarmResult:
+        for path, why in last.diff.odd:
+            logger.warning("row %r is not cached: %s", path, why)
+        if self.requirements == "made":
+            logger.info("made the requirements entry, which was absent")
+        requirements = self.requirements or last.diff.requirements
+        return WarmResult(
+            self.warm_id, last.diff.modules, last.heads, **self.counts, passes=passes, seconds=seconds,
+            odd=last.diff.odd, source=self.reader.source.table or "none", requirements=requirements,
+        )  # fmt: skip
+
+    def _pass(self, number: int, *, full: bool) -> _Pass:
         """One comparison and one switch of what it found. Where that is no content, the switch confirms the cache."""
         self.report(Progress("warm", note=READING))
         known, self.known = self.known, None
         # The cache first: what is written between the two reads is then found to differ, and left alone.
         states = known or self.cache.states(self.left_alone)
+        # Between the two reads: a writer that had set an entry before the first, and commits after the second, is open.
+        writers = self.reader.open_writers()
         self.report(Progress("warm", note=COMPARING))
-        with ThreadPoolExecutor(1) as beside, self.take() as rows:
+        with ThreadPoolExecutor(1) as beside, self.reader.snapshot() as rows:
             # What we know was so before these rows were. Whether it still is may be asked while we compare.
             still = beside.submit(self.cache.is_still, known) if known else None
             diff = cache_diff.compare(states, rows, full=full)
             is_so = still is None or still.result()
-            planned = self._stage(diff, rows, states, full=full) if is_so else 0
+            in_flight = number >= SETTLING_PASS and self._is_in_flight(diff)
+            planned = self._stage(diff, rows, states, full=full) if is_so and not in_flight else 0
             heads = list(rows.heads)
         if not is_so:
             # Each as large as the cache, and the next reading makes its own.
             del known, states, diff
-            return self._pass(full=full)
-        marker = Marker(self.warm_id, diff.modules, heads, settled=diff.complete)
+            return self._pass(number, full=full)
+        self.writers = writers if planned else frozenset()
+        verified = diff.complete or in_flight
+        marker = Marker(self.warm_id, diff.modules + diff.private, heads, settled=verified)
         switched = self._switch(planned, marker, states.marker)
-        if switched.as_planned:
+        if switched.as_planned and not in_flight:
             states.marker = marker.to_json().encode()
             self.known = states
         if switched.undisturbed or not diff.complete:
             for kind in cache_diff.KINDS:
-                self.counts[kind] += len(getattr(diff, kind))
-        return diff, heads, switched
+                self.counts[kind] += 0 if in_flight else len(getattr(diff, kind))
+        return _Pass(diff, heads, switched, in_flight)
+
+    def _is_in_flight(self, diff: CacheDiff) -> bool:
+        """
+        Whether all differences are live writers' work: nobody but a writer can have made them, and they come and go.
+
+        A path that differed before, and whose entry is as the last switch found or left it, is for us to write again.
+        Any other has been written since, or its row changed after the last comparison began.
+        """
+        return not any(tail in self.switched_tails.get(path, ()) for path, tail in diff.compared.items())
 
     def _warn_of_little_room(self, diff: CacheDiff, rows: Snapshot) -> None:
         moved = diff.added + diff.changed
@@ -195,11 +241,20 @@ class _Warm:
             stage.plan("remove", ((path, diff.compared[path]) for path in diff.removed))
             stage.plan("keep", ((path, diff.compared[path]) for path in diff.expiring))
             planned = stage.planned
+        if diff.requirements == "missing":
+            self.requirements = "made" if self.cache.add_requirements(rows.requirements()) else "present"
+        self._remember(diff, states)
+        return planned
+
+    def _remember(self, diff: CacheDiff, states: CacheStates) -> None:
+        """Let `states` become what the switch will leave."""
         for path in diff.removed:
             del states.tails[path]
         states.tails |= {path: diff.compared[path] for path in diff.expiring}
         states.loose, states.off_policy = {}, set()
-        return planned
+        states.index_expires = False
+        states.has_requirements = states.has_requirements or diff.requirements == "missing"
+        self.switched_tails = {path: (found, states.tails.get(path, b"")) for path, found in diff.compared.items()}
 
     def _write(
         self, stage: Stage, paths: list[bytes], rows: Snapshot, diff: CacheDiff, states: CacheStates, *,
@@ -208,9 +263,10 @@ class _Warm:
         """Read these modules and write their entries, batch by batch."""
         if not paths:
             return
+        trusts_hash = not full or rows.source.trusts_hash
         renewal = Deadline(module_cache.STAGE_TTL / 3)
         for batch in _batches(rows.contents(paths, all_rows=len(paths) > diff.modules / 2)):
-            entries = [_entry(*row, full=full) for row in batch]
+            entries = [_entry(*row, trusts_hash=trusts_hash) for row in batch]
             stage.write(((path, value, diff.compared[path]) for path, value in entries), in_place=in_place)
             states.tails.update((path, value[-TAIL:]) for path, value in entries)
             self.counts["bytes"] += sum(len(value) for _, value in entries)
@@ -231,8 +287,8 @@ class _Warm:
         return switched
 
 
-def _entry(path: str, content: str, said: bytes | None, *, full: bool) -> tuple[bytes, bytes]:
-    known = None if full else cache_diff.trusted(said)
+def _entry(path: str, content: str, said: bytes | None, *, trusts_hash: bool) -> tuple[bytes, bytes]:
+    known = cache_diff.trusted(said) if trusts_hash else None
     digest = known.decode() if known else hashlib.sha256(content.encode()).hexdigest()
     return path.encode(), module_cache.entry(path, content, digest)
 

@@ -45,7 +45,7 @@ def test_check_of_a_table_that_is_gone(run_bootstrap: RunBootstrap, database: Da
     found = json.loads(done.stdout)
     assert done.returncode == found["exit_code"] == 3
     assert found["message"].startswith("module cache cannot be compared: ")
-    assert "has no table workspace_files" in found["message"]
+    assert "has neither table workspace_files nor file_index" in found["message"]
     assert found["remedy"] == "mend what it says, then run `bifrost-bootstrap init`"
     assert f"what to do: {found['remedy']} (exit 3)" in done.stderr.splitlines()[-1]
 

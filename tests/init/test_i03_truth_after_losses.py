@@ -23,16 +23,16 @@ STOPPING_INIT = """
 import os, sys, time
 from pathlib import Path
 from bifrost_bootstrap import cache_diff, cli
-look, folder = cache_diff.look, Path(sys.argv[1])
+compare_now, folder = cache_diff.compare_now, Path(sys.argv[1])
 
 def stopping(*arguments, **options):
-    diff = look(*arguments, **options)
-    while not diff.empty and (folder / "compared.hold").exists():
+    found = compare_now(*arguments, **options)
+    while not found.diff.empty and (folder / "compared.hold").exists():
         (folder / f"compared.reached.{os.getpid()}").touch()
         time.sleep(0.02)
-    return diff
+    return found
 
-cache_diff.look = stopping
+cache_diff.compare_now = stopping
 sys.exit(cli.run(["init", "--timeout", "3m"]))
 """
 #: What Redis says at its `maxmemory`.

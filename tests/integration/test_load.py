@@ -8,7 +8,7 @@ import pytest
 
 from bifrost_bootstrap.errors import SettingsError
 from bifrost_bootstrap.load import load
-from bifrost_bootstrap.urls import parse_postgres
+from bifrost_bootstrap.settings import Settings
 from tests.servers import Database
 
 
@@ -41,7 +41,7 @@ def test_files_become_modules(table: Database, tmp_path: Path) -> None:
     content = "# Grüße\r\n'''100 %s {}'''\n"
     folder = write(tmp_path, {"a/b.py": content.encode(), "a/__init__.py": b"", "a/notes.txt": b"x"})
     (folder / "folder.py").mkdir()
-    result = load(parse_postgres(table.url), folder)
+    result = load(Settings.model_validate({"database_url": table.url}), folder)
     assert result.written == 2
     assert rows(table) == [
         ("a/__init__.py", "", "module", False, 0),
@@ -54,12 +54,12 @@ def test_files_become_modules(table: Database, tmp_path: Path) -> None:
 def test_only_what_changed_is_written(table: Database, tmp_path: Path) -> None:
     """A second load writes nothing, a third the changed file alone; a file that is gone keeps its row."""
     folder = write(tmp_path, {"a.py": b"1", "b.py": b"1"})
-    url = parse_postgres(table.url)
-    assert load(url, folder).written == 2
-    assert load(url, folder).written == 0
+    settings = Settings.model_validate({"database_url": table.url})
+    assert load(settings, folder).written == 2
+    assert load(settings, folder).written == 0
     write(folder, {"a.py": b"2"})
     (folder / "b.py").unlink()
-    assert load(url, folder).written == 1
+    assert load(settings, folder).written == 1
     assert [(row[0], row[1]) for row in rows(table)] == [("a.py", "2"), ("b.py", "1")]
     touched = table.execute("SELECT path FROM workspace_files WHERE updated_at > '2000-01-02'")
     assert touched == [("a.py",)]
@@ -67,10 +67,10 @@ def test_only_what_changed_is_written(table: Database, tmp_path: Path) -> None:
 
 def test_deleted_row_comes_back(table: Database, tmp_path: Path) -> None:
     """A row marked as deleted, or of another type, is a module again when its file is loaded."""
-    url, folder = parse_postgres(table.url), write(tmp_path, {"a.py": b"1"})
-    load(url, folder)
+    settings, folder = Settings.model_validate({"database_url": table.url}), write(tmp_path, {"a.py": b"1"})
+    load(settings, folder)
     table.execute("UPDATE workspace_files SET is_deleted = true, entity_type = 'file'")
-    assert load(url, folder).written == 1
+    assert load(settings, folder).written == 1
     assert rows(table) == [("a.py", "1", "module", False, 1)]
 
 
@@ -78,7 +78,7 @@ def test_files_that_a_row_cannot_hold_are_named(table: Database, tmp_path: Path)
     """NUL bytes, other encodings and longer paths are skipped by name, and the rest is loaded."""
     long = "/".join(["d" * 200] * 5) + "/long.py"
     folder = write(tmp_path, {"good.py": b"", "nul.py": b"a\0b", "latin.py": b"\xe4 = 1", long: b""})
-    result = load(parse_postgres(table.url), folder)
+    result = load(Settings.model_validate({"database_url": table.url}), folder)
     assert (result.files, result.written) == (4, 1)
     assert {path for path, _ in result.skipped} == {"nul.py", "latin.py", long}
     assert all(reason for _, reason in result.skipped)
@@ -87,20 +87,37 @@ def test_files_that_a_row_cannot_hold_are_named(table: Database, tmp_path: Path)
 def test_name_that_is_no_text_is_named(table: Database, tmp_path: Path) -> None:
     """A file name of other bytes is skipped by name."""
     (tmp_path / "\udcff.py").write_bytes(b"")
-    result = load(parse_postgres(table.url), write(tmp_path, {"good.py": b""}))
+    result = load(Settings.model_validate({"database_url": table.url}), write(tmp_path, {"good.py": b""}))
     assert result.written == 1
     assert [path for path, _ in result.skipped] == ["\udcff.py"]
 
 
 def test_empty_folder(table: Database, tmp_path: Path) -> None:
     """Nothing to load is a result."""
-    result = load(parse_postgres(table.url), tmp_path)
+    result = load(Settings.model_validate({"database_url": table.url}), tmp_path)
     assert (result.files, result.written, result.skipped) == (0, 0, [])
 
 
 def test_no_table_and_no_folder(database: Database, tmp_path: Path) -> None:
     """Without the table init has to run first; without the folder it is a fault of the call."""
-    with pytest.raises(SettingsError, match="has no table workspace_files; run init first"):
-        load(parse_postgres(database.url), write(tmp_path, {"a.py": b""}))
+    with pytest.raises(SettingsError, match=r"neither table workspace_files nor file_index.*; run init first"):
+        load(Settings.model_validate({"database_url": database.url}), write(tmp_path, {"a.py": b""}))
     with pytest.raises(SettingsError, match="gone is no folder"):
-        load(parse_postgres(database.url), tmp_path / "gone")
+        load(Settings.model_validate({"database_url": database.url}), tmp_path / "gone")
+
+
+def test_load_into_file_index(table: Database, tmp_path: Path) -> None:
+    """The newer of the platform's tables gets the same rows, and unchanged ones are not written again."""
+    table.execute("DROP TABLE workspace_files")
+    table.execute(
+        "CREATE TABLE file_index (path varchar(1000) PRIMARY KEY, content text, content_hash varchar(64),"
+        " updated_at timestamptz DEFAULT now(), updated_by varchar(255))"
+    )
+    settings = Settings.model_validate({"database_url": table.url})
+    folder = write(tmp_path, {"a.py": b"1", "pkg/__init__.py": b""})
+    assert load(settings, folder).written == 2
+    assert load(settings, folder).written == 0
+    assert table.execute("SELECT path, content FROM file_index ORDER BY path") == [
+        ("a.py", "1"),
+        ("pkg/__init__.py", ""),
+    ]

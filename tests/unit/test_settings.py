@@ -33,7 +33,7 @@ def test_nothing_is_needed_and_nothing_defaults_to_a_server() -> None:
     settings = load((), {})
     assert (settings.database_url, settings.redis_url, settings.rabbitmq_url) == (None, None, None)
     assert settings.init_timeout == 600
-    assert settings.module_cache_ttl == 0
+    assert settings.module_cache_ttl is None
 
 
 def test_every_missing_variable_in_one_message() -> None:

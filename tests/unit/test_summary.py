@@ -59,6 +59,7 @@ def test_check_of_a_ready_deployment() -> None:
         "ready",
         "  schema  at head: database 0002, tree 0002",
         "  cache   1,200 modules indexed; no difference",
+        "          requirements entry absent, as is a row requirements.txt",
         "  redis   no memory limit, policy noeviction",
         "  worker  1 bootstrap worker on q",
     ]

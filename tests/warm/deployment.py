@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psycopg
 import redis
 
 from bifrost_bootstrap.deadline import Deadline
@@ -63,6 +64,10 @@ class Deployment:
         """Insert or change these modules, in one transaction."""
         with self.database.connect() as connection, connection.transaction(), connection.cursor() as cursor:
             cursor.executemany(UPSERT, [(path, content, sha256(content)) for path, content in modules.items()])
+
+    def upsert(self, connection: psycopg.Connection, path: str, content: str) -> None:
+        """Insert or change a module in the caller's transaction."""
+        connection.execute(UPSERT, (path, content, sha256(content)))
 
     def remove(self, *paths: str) -> None:
         """Mark these modules as deleted."""

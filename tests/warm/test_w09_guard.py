@@ -18,7 +18,7 @@ import redis
 from kombu.asynchronous.timer import Timer
 
 from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
-from bifrost_bootstrap.cache_diff import CacheDiff
+from bifrost_bootstrap.cache_diff import CacheDiff, Comparison
 from bifrost_bootstrap.celery import WARM
 from bifrost_bootstrap.errors import UnavailableError
 from bifrost_bootstrap.guard import FULL_EVERY, TURN, Guard
@@ -68,13 +68,13 @@ def watch(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> Watch:
 def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Filled by each comparison of rows and cache."""
     seen: list[str] = []
-    look = cache_diff.look
+    compare_now = cache_diff.compare_now
 
-    def counted(*arguments: Any, **options: Any) -> CacheDiff:
+    def counted(*arguments: Any, **options: Any) -> Comparison:
         seen.append("compared")
-        return look(*arguments, **options)
+        return compare_now(*arguments, **options)
 
-    monkeypatch.setattr(cache_diff, "look", counted)
+    monkeypatch.setattr(cache_diff, "compare_now", counted)
     return seen
 
 
@@ -110,7 +110,7 @@ def test_w09_what_could_not_be_compared_is_not_known(watch: Watch, monkeypatch: 
     watch.deployment.client.flushdb()
     with monkeypatch.context() as patched:
         patched.setattr(
-            cache_diff, "look", lambda *_, **__: (_ for _ in ()).throw(UnavailableError("PostgreSQL", "gone"))
+            cache_diff, "compare_now", lambda *_, **__: (_ for _ in ()).throw(UnavailableError("PostgreSQL", "gone"))
         )
         assert watch.look() == 0
     assert watch.look() == 1
@@ -146,18 +146,18 @@ def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.M
     deployment.put({"new.py": "y"})
     deployment.client.srem(INDEX, "m1.py")  # the count differs, so that it is compared
     deployment.put({"m1.py": MODULES["m1.py"]})
-    look = cache_diff.look
+    compare_now = cache_diff.compare_now
     looks: list[CacheDiff] = []
 
-    def then_write(*arguments: Any, **options: Any) -> CacheDiff:
-        diff = look(*arguments, **options)
-        looks.append(diff)
+    def then_write(*arguments: Any, **options: Any) -> Comparison:
+        found = compare_now(*arguments, **options)
+        looks.append(found.diff)
         deployment.api_set("new.py", "y")
         deployment.client.persist(ENTRY + b"new.py")
         deployment.client.sadd(INDEX, "m1.py")
-        return diff
+        return found
 
-    monkeypatch.setattr(cache_diff, "look", then_write)
+    monkeypatch.setattr(cache_diff, "compare_now", then_write)
     assert watch.look() == 0
     assert len(looks) == 2
     assert not looks[0].empty
