@@ -60,6 +60,11 @@ test-faults: venv ## kill, cut and fill the servers while init runs, and what ta
 test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)
 	$(PYTHON) -m pytest --timeout=900 tests/kube $(PYTEST_ARGS)
 
+.PHONY: test-platform
+test-platform: venv ## against the real platform: PLATFORM=checkout PLATFORM_PYTHON=interpreter [PLATFORM_FROM=older checkout]
+	@PLATFORM="$(PLATFORM)" PLATFORM_PYTHON="$(PLATFORM_PYTHON)" PLATFORM_FROM="$(PLATFORM_FROM)" \
+		$(PYTHON) -m pytest --timeout=1200 tests/platform $(PYTEST_ARGS)
+
 .PHONY: soak
 soak: venv ## live writers, restarts and re-warms, for a long time
 	tools/test-servers
