@@ -66,8 +66,8 @@ from src.core.module_cache import invalidate_module, set_module
 
 async def main(seconds):
     table = sys.argv[2]
-    extra = ", entity_type, is_deleted" if table == "workspace_files" else ""
-    values = ", 'module', false" if extra else ""
+    extra = ", entity_type, is_deleted, size_bytes" if table == "workspace_files" else ""
+    values = ", 'module', false, 0" if extra else ""
     end = asyncio.get_running_loop().time() + seconds
     number = 0
     while asyncio.get_running_loop().time() < end:
@@ -166,7 +166,9 @@ class Platform:
     def put(self, modules: Mapping[str, str]) -> None:
         """Insert modules as committed rows."""
         extra, values = (
-            (", entity_type, is_deleted", ", 'module', false") if self.table == "workspace_files" else ("", "")
+            (", entity_type, is_deleted, size_bytes", ", 'module', false, 0")
+            if self.table == "workspace_files"
+            else ("", "")
         )
         with psycopg.connect(self.url) as connection:
             for path, content in modules.items():
@@ -212,7 +214,9 @@ def test_schema_is_that_of_its_own_init(platform: Platform, servers: EmbeddedSer
 def test_modules_through_its_own_import_hook(platform: Platform) -> None:
     """What we cached is imported by the platform, packages with and without `__init__.py`."""
     platform.init()
-    platform.put(MODULES)
+    hook = (platform.folder / "src/services/execution/virtual_import.py").read_text()
+    # The first versions of the hook knew no package without it.
+    platform.put(MODULES | ({} if "NamespacePackageLoader" in hook else {"loose/__init__.py": ""}))
     platform.init()
     platform.assert_cache_equals_table()
     assert platform.run("-c", IMPORT_SCRIPT).strip() == "halo tickets"
