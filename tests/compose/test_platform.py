@@ -108,3 +108,21 @@ def starts_after_init(stack: Stack, service: str) -> None:
     assert (init["Status"], init["ExitCode"]) == ("exited", 0), stack.output("init")
     assert state["StartedAt"] > init["FinishedAt"]  # same clock, same format: text order is time order
     assert state["Running"], stack.output(service)
+
+
+def the_platforms_project(folder: Path) -> Path:
+    """A project with a Compose file like the platform's own, and beside it what a clone of this repository holds."""
+    shutil.copytree(CHECKOUT / "tests/compose/platform_stack", folder)
+    shutil.copytree(CHECKOUT / "deploy/platform", folder / "bifrost_bootstrap/deploy/platform")
+    return folder
+
+
+def test_the_platforms_own_file_starts_behind_our_init(platform: str, open_folder: OpenFolder) -> None:
+    """With the override of docs/adopting.md the platform's service `init` is ours, and its API starts after it."""
+    passwords = dict.fromkeys(("POSTGRES_PASSWORD", "RABBITMQ_PASSWORD", "BIFROST_SECRET_KEY"), "bifrost")
+    with borrowed(API, INIT), open_folder("platforms-own", passwords, the_platforms_project) as stack:
+        run("docker", "tag", platform, API)
+        run("sh", "-euc", fence("docs/adopting.md", "compose: build").text)
+        stack.paste(fence("docs/adopting.md", "compose: the platform's file"))
+        starts_after_init(stack, "api")
+        assert "schema at" in stack.output("init")

@@ -44,7 +44,7 @@ class Cluster:
 
     def _do(self, words: list[str]) -> str:
         match words:
-            case ["create", "secret", "generic", "bifrost-secrets", *_]:
+            case ["create", "secret", "generic", "bifrost-bootstrap-secrets", *_]:
                 made = run("kubectl", *words, "--dry-run=client", "--output=yaml", folder=self.folder).stdout
                 data = yaml.safe_load(made)["data"]
                 values = {key: base64.b64decode(value).decode() for key, value in data.items()}

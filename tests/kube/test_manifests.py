@@ -36,7 +36,7 @@ from tests.kube.manifests import (
 #: Kubernetes versions of the schemas: the oldest that knows all we use, the newest there are, and some between.
 #: (From 1.25 on there is podFailurePolicy, but up to 1.28 its schema wants onPodConditions in every rule.)
 KUBERNETES = ("1.29", "1.32", "1.35", "1.37")
-OURS, PLATFORM = "bifrost-bootstrap", "jackmusick/bifrost-api"
+OURS, PLATFORM = "bifrost-bootstrap", "ghcr.io/gobifrost/bifrost-api"
 #: Read by the platform, not by us.
 FOREIGN = {"BIFROST_ENVIRONMENT", "BIFROST_SECRET_KEY"}
 
@@ -176,13 +176,15 @@ def test_every_setting_is_one() -> None:
 
 def test_every_secret_has_an_example() -> None:
     """Each Secret and key that a manifest refers to stands in the example, and each secret file is mounted by name."""
-    secrets = {one["metadata"]["name"]: set(one["stringData"]) for one in read(EXAMPLES / "bifrost-secrets.yaml")}
+    secrets = {
+        one["metadata"]["name"]: set(one["stringData"]) for one in read(EXAMPLES / "bifrost-bootstrap-secrets.yaml")
+    }
     text = yaml.safe_dump_all(MANIFESTS)
     files = set(re.findall(r"/run/secrets/bifrost/([a-z-]+)", text))
-    assert files <= secrets["bifrost-secrets"]
-    assert {"database-url", "redis-url", "rabbitmq-url"} <= secrets["bifrost-secrets"]
+    assert files <= secrets["bifrost-bootstrap-secrets"]
+    assert {"database-url", "redis-url", "rabbitmq-url"} <= secrets["bifrost-bootstrap-secrets"]
     shown = fence("docs/operations.md", "kube: first deploy").text
-    assert set(re.findall(r"--from-file=([a-z-]+)", shown)) == secrets["bifrost-secrets"]
+    assert set(re.findall(r"--from-file=([a-z-]+)", shown)) == secrets["bifrost-bootstrap-secrets"]
     for _, pod in pods(MANIFESTS):
         for container in containers(pod):
             for variable in container.get("env", []):
