@@ -15,6 +15,10 @@ By SQLAlchemy's engine events, and without touching the tree's code, each transa
 Statements outside a transaction (`autocommit_block`) cannot hold a lock of ours: each is preceded by the proof
 and begins with a comment (`tag`), by which the next holder finds it. With asyncpg most of them get a transaction of
 their own (`run_loose`), which is tied to the lock like the others, but waits for tables as long as it takes.
+
+A revision may end its transaction itself (`op.execute("COMMIT")`). SQLAlchemy does not notice, and what follows would
+have no lock. The rest of such a revision is treated like an `autocommit_block` (`leave_transaction`), its version is
+recorded at once, and the next revision begins in a transaction again (`rejoin`).
 """
 
 from __future__ import annotations
@@ -62,6 +66,15 @@ ALONE = re.compile(
     rf"{GAP}*(?:(?:begin|start|commit|end|rollback|vacuum)\b|(?:create|drop|reindex)\b.*\bconcurrently\b)",
     re.IGNORECASE | re.DOTALL,
 )
+#: What ends a transaction by hand, also among other statements; and what needs one around it.
+ENDS_TRANSACTION = re.compile(r"\b(?:commit|end|rollback|abort)\b", re.IGNORECASE)
+NEEDS_TRANSACTION = re.compile(rf"{GAP}*(?:begin|start{GAP}+transaction|savepoint)\b", re.IGNORECASE)
+#: A statement that does nothing else than end a transaction.
+END_ALONE = re.compile(
+    rf"{GAP}*(?:(?P<commit>commit|end)|rollback|abort)(?:{GAP}+(?:work|transaction))?{GAP}*;?{GAP}*$", re.IGNORECASE
+)
+#: Key in a connection's `info`: the tree has ended its transaction by hand.
+LEFT = "bifrost_left_transaction"
 #: By which the server refuses a statement that must have no transaction around it, a procedure that commits too.
 NEEDS_NO_TRANSACTION = ("25001", "2D000")
 
@@ -155,8 +168,14 @@ class Guard:
             parameters.setdefault("prepared_statement_name_func", lambda: f"bifrost_{uuid.uuid4().hex}")
 
     def on_begin(self, connection: Connection) -> None:
+        if connection.info.pop(LEFT, False):
+            connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
         if self.foreign(connection) is not None or autocommits(connection):
             return
+        self.join_lock(connection)
+
+    def join_lock(self, connection: Connection) -> None:
+        """Tie the transaction that has just begun to the migration lock."""
         # First seen by the next holder, then proven: in the other order he could come in between.
         ask(connection, f"{self.join}, set_config('lock_timeout', '{self.lock_timeout}', true)")
         self.prove(connection)
@@ -169,7 +188,16 @@ class Guard:
     def on_execute(
         self, connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
     ) -> tuple[str, Any]:
-        if self.foreign(connection) is not None or not autocommits(connection):
+        if self.foreign(connection) is not None:
+            return statement, parameters
+        if not autocommits(connection) and not in_transaction(connection):
+            self.leave_transaction(connection)
+        if connection.info.get(LEFT) and NEEDS_TRANSACTION.match(statement):
+            self.rejoin(connection)
+        if not autocommits(connection):
+            if ENDS_TRANSACTION.search(statement):
+                # It may commit, which `on_commit` does not see.
+                self.prove(connection)
             return statement, parameters
         self.prove(connection)
         if found := CONCURRENT_INDEX.search(statement):
@@ -187,6 +215,33 @@ class Guard:
                 self.prove(connection)
                 run(connection, statement)
 
+    def leave_transaction(self, connection: Connection) -> None:
+        """
+        The tree has ended the transaction by hand: let the rest of the revision run without one.
+
+        psycopg would begin another, which bears no lock and lets no concurrent index build be run. With psycopg2 and
+        asyncpg each statement is on its own already, and so are those of the revisions that follow.
+        """
+        connection.info[LEFT] = True
+        session: Any = connection.connection.dbapi_connection
+        if connection.dialect.driver == "asyncpg":
+            # Both still believe in the transaction, and would make a savepoint of the next one. (Not by its own commit:
+            # behind a pooler that would reach another session.)
+            session._transaction = None
+            if hasattr(session, "_started"):  # SQLAlchemy 2.0
+                session._started = False
+            session._connection._top_xact = None
+        elif connection.dialect.driver == "psycopg2":
+            # It believes in the transaction too. The server answers with a warning, and changes nothing.
+            session.commit()
+        session.autocommit = True
+
+    def rejoin(self, connection: Connection) -> None:
+        """Begin a transaction where SQLAlchemy believes in one that the tree has ended by hand; else do nothing."""
+        if connection.info.pop(LEFT, False):
+            connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
+            self.join_lock(connection)
+
     def run_loose(self, method: str, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
         """
         Run the tree's statement so that it meets one session only, where that takes care; whether it was run.
@@ -196,6 +251,18 @@ class Guard:
         transaction around it has neither, and is one exchange.
         """
         connection = context.root_connection
+        if (
+            connection.dialect.driver == "asyncpg"
+            and not autocommits(connection)
+            and (end := END_ALONE.match(statement))
+        ):
+            # In one exchange, as asyncpg's own: what is prepared for it would stay at a pooler.
+            session: Any = connection.connection.dbapi_connection
+            try:
+                session.run_async(lambda driver: driver.execute("COMMIT;" if end["commit"] else "ROLLBACK;"))
+            except Exception as error:
+                session._handle_exception(error)
+            return True
         loose = loose_asyncpg(connection)
         if loose is None or loose._connection.is_in_transaction() or self.foreign(connection) is not None:
             return False
@@ -266,6 +333,16 @@ def autocommits(connection: Connection) -> bool:
     if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
         return True
     return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
+
+def in_transaction(connection: Connection) -> bool:
+    """Whether the driver, and not only SQLAlchemy, is in a transaction. True for a driver that does not tell."""
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.driver == "asyncpg":
+        return bool(driver.is_in_transaction())
+    info = getattr(driver, "info", None)
+    # 0 is libpq's PQTRANS_IDLE.
+    return info is None or int(info.transaction_status) != 0
 
 
 def loose_asyncpg(connection: Connection) -> Any:
@@ -370,14 +447,16 @@ class Runner:
         self.events.send("plan", revisions=[describe(step.revision) for step in steps])
         context.on_version_apply_callbacks += (self.on_applied,)
         for step in steps:
-            step.migration_fn = self.announced(step, step.migration_fn)
+            step.migration_fn = self.announced(step, step.migration_fn, context.connection)
         return steps
 
-    def announced(self, step: Any, migrate: Callable[..., Any]) -> Callable[..., Any]:
+    def announced(self, step: Any, migrate: Callable[..., Any], connection: Connection) -> Callable[..., Any]:
         def migrate_announced(**arguments: Any) -> None:
             self.revision, self.title, self.applied = step.revision.revision, step.revision.doc, False
             self.events.send("begin", **describe(step.revision))
             self.began = time.monotonic()
+            # Where one transaction holds all revisions, and the last revision has ended it by hand.
+            self.guard.rejoin(connection)
             migrate(**arguments)
 
         return migrate_announced

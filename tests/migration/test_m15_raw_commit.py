@@ -1,0 +1,164 @@
+"""M15: a revision that ends its transaction itself; from the next revision on there is a transaction again."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from threading import Event, Thread
+
+import psycopg
+import pytest
+
+from tests.migration.conftest import StartMigrate, StartPool
+from tests.migration.steps import Barrier, Tree, applied, barrier, index_states, outcome
+from tests.servers import Command, Database
+
+#: Runs all revisions in one transaction, as the platform's env.py does.
+ENV = """
+import os
+from alembic import context
+from sqlalchemy import NullPool, create_engine, make_url
+
+url = make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql+DRIVER")
+with create_engine(url, poolclass=NullPool).connect() as connection:
+    context.configure(connection=connection)
+    with context.begin_transaction():
+        context.run_migrations()
+"""
+#: The old way to add a value to an enum and use it in the same revision.
+ADD_VALUE = """
+    op.execute("ALTER TYPE kind ADD VALUE IF NOT EXISTS 'system'")
+    op.execute("COMMIT")
+    op.execute("INSERT INTO kinds VALUES ('system')")
+"""
+#: Revisions behind the raw COMMIT, each with two statements that belong together.
+BEHIND = 12
+KILLS = 6
+
+
+def start(start_migrate: StartMigrate, tree: Tree, **variables: str) -> Command:
+    """Start the step on this tree."""
+    return start_migrate(env={"BIFROST_ALEMBIC_CONFIG": str(tree.config), **variables})
+
+
+@pytest.fixture(params=["asyncpg", "psycopg", "psycopg2"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
+    """The same tree with each driver, whose first revision makes an enum."""
+    driver = request.param
+    tree = Tree(tmp_path / "tree", "asynchronous" if driver == "asyncpg" else "plain")
+    if driver != "asyncpg":
+        (tree.folder / "env.py").write_text(ENV.replace("DRIVER", driver))
+    first = "op.execute(\"CREATE TYPE kind AS ENUM ('user')\"); op.execute('CREATE TABLE kinds (kind kind)')"
+    return tree.revision("first", first)
+
+
+def test_m15_lock_and_transaction_come_back(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """The revision after the raw COMMIT bears the runner's lock and `lock_timeout`, and the one before is recorded."""
+    tree.revision("commits", ADD_VALUE).revision("next", barrier())
+    with Barrier(database) as stop:
+        step = start(start_migrate, tree)
+        pid = stop.reached()
+        locks = database.execute(
+            "SELECT count(*) FROM pg_locks WHERE pid = %s AND locktype = 'advisory' AND granted AND objid = 2", (pid,)
+        )
+        recorded = database.execute("SELECT version_num FROM alembic_version")
+    assert outcome(step).applied == ["first", "commits", "next"]
+    assert locks == [(1,)]
+    assert recorded == [("commits",)]
+    assert database.execute("SELECT kind::text FROM kinds") == [("system",)]
+
+
+def test_m15_failure_in_the_next_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A revision behind the raw COMMIT is all or nothing, and what came before it stays applied."""
+    tree.revision("commits", ADD_VALUE).revision(
+        "half", 'op.execute("CREATE TABLE half (id int)")\n    op.execute("SELECT 1 / 0")'
+    )
+    failed = outcome(start(start_migrate, tree))
+    assert failed.code == 1
+    assert database.execute("SELECT to_regclass('half')") == [(None,)]
+    assert database.execute("SELECT version_num FROM alembic_version") == [("commits",)]
+
+
+@pytest.mark.parametrize("end", ["COMMIT", "commit;", "END TRANSACTION", "-- now\nCOMMIT WORK"])
+def test_m15_concurrent_index_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate, end: str) -> None:
+    """The rest of the revision is as an `autocommit_block`: an index can be built concurrently."""
+    body = f"op.execute({end!r})\n    op.execute('CREATE INDEX CONCURRENTLY ix ON applied (revision)')"
+    tree.revision("commits", body).revision("next")
+    done = outcome(start(start_migrate, tree))
+    assert done.code == 0
+    assert index_states(database) == {"ix": True}
+    assert applied(database) == {"first": 1, "commits": 1, "next": 1}
+
+
+def test_m15_begin_by_hand_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A BEGIN by hand begins a transaction that bears the lock: what fails in it is taken back."""
+    body = (
+        ADD_VALUE
+        + '    op.execute("BEGIN")\n    op.execute("CREATE TABLE half (id int)")\n    op.execute("SELECT 1 / 0")'
+    )
+    tree.revision("commits", body)
+    assert outcome(start(start_migrate, tree)).code == 1
+    assert database.execute("SELECT to_regclass('half')") == [(None,)]
+    assert database.execute("SELECT version_num FROM alembic_version") == [("first",)]
+
+
+@pytest.mark.race
+def test_m15_several_at_once(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Five at once: every revision once, all end with 0."""
+    tree.revision("commits", ADD_VALUE)
+    for number in range(BEHIND):
+        tree.revision(f"r{number}", f"op.execute('CREATE TABLE t{number} (id int)')")
+    done = [outcome(step) for step in [start(start_migrate, tree) for _ in range(5)]]
+    assert [one.code for one in done] == [0] * 5
+    assert set(applied(database).values()) == {1}
+
+
+@pytest.mark.race
+def test_m15_killed_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Killed with all that it started at a random moment behind the raw COMMIT: the next run completes."""
+    tree.revision("commits", ADD_VALUE)
+    for number in range(BEHIND * KILLS):
+        tree.revision(
+            f"r{number}", f"op.execute('CREATE TABLE t{number} (id int)')\n    op.execute('SELECT pg_sleep(0.05)')"
+        )
+    generator = random.Random(15)
+    for _ in range(KILLS):
+        step = start(start_migrate, tree)
+        step.wait_for("revision r[0-9]+ begins")
+        time.sleep(generator.random() * 0.3)
+        step.kill()
+    assert outcome(start(start_migrate, tree)).code == 0
+    assert len(applied(database)) == BEHIND * KILLS + 2
+    assert set(applied(database).values()) == {1}
+
+
+@pytest.mark.race
+def test_m15_behind_a_busy_pooler(
+    database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
+) -> None:
+    """PgBouncer in transaction mode with other clients in the same pool: once, and 0."""
+    pool = start_pool(4)
+    url = pool.url(database.name)
+    tree.revision("commits", ADD_VALUE)
+    for number in range(BEHIND):
+        tree.revision(f"r{number}", f"op.execute('CREATE TABLE t{number} (id int)')")
+    stop = Event()
+
+    def work() -> None:
+        with psycopg.connect(url, prepare_threshold=None) as connection:
+            while not stop.is_set():
+                with connection.transaction():
+                    connection.execute("SELECT count(*) FROM pg_class")
+
+    clients = [Thread(target=work) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        done = outcome(start(start_migrate, tree, BIFROST_DATABASE_URL=url))
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert done.code == 0
+    assert set(applied(database).values()) == {1}
