@@ -325,6 +325,11 @@ class Guard:
         return bool(found)
 
 
+def first_line(text: str | None) -> str:
+    """A title of several lines goes on in the next ones."""
+    return next((line.strip() for line in (text or "").splitlines() if line.strip()), "")
+
+
 def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
@@ -452,7 +457,7 @@ class Runner:
 
     def announced(self, step: Any, migrate: Callable[..., Any], connection: Connection) -> Callable[..., Any]:
         def migrate_announced(**arguments: Any) -> None:
-            self.revision, self.title, self.applied = step.revision.revision, step.revision.doc, False
+            self.revision, self.title, self.applied = step.revision.revision, first_line(step.revision.doc), False
             self.events.send("begin", **describe(step.revision))
             self.began = time.monotonic()
             # Where one transaction holds all revisions, and the last revision has ended it by hand.
@@ -503,7 +508,7 @@ def pending_sql(config: Config, script: ScriptDirectory, heads: list[str]) -> st
 def describe(revision: Any) -> dict[str, Any]:
     return {
         "revision": revision.revision,
-        "title": revision.doc,
+        "title": first_line(revision.doc),
         "down": list(revision._versioned_down_revisions),
         "depends_on": list(revision._resolved_dependencies),
         "labels": sorted(revision._orig_branch_labels),

@@ -20,11 +20,11 @@ from bifrost_bootstrap.errors import (
     UnavailableError,
     VersionTableError,
     WrongDatabaseError,
-    masked,
 )
 from bifrost_bootstrap.lock import MigrationLock
 from bifrost_bootstrap.postgres import LEFTOVER, REFUSALS
 from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
 

@@ -17,8 +17,9 @@ from kombu.exceptions import OperationalError
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
-from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, masked, rebuild
+from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, rebuild
 from bifrost_bootstrap.progress import WANTED_HEADER, Progress, held_key, progress_key, wanted_key
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.tree import QUEUE
 
 #: Failures in which the work was lost, by the name of the exception: the next run may succeed.

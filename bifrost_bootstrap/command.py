@@ -16,7 +16,8 @@ from typing import Any
 import click
 
 from bifrost_bootstrap import report, settings as environment
-from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError, masked
+from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.summary import Summary
 
 logger = logging.getLogger("bifrost_bootstrap")

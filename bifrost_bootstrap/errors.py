@@ -32,12 +32,9 @@ its texts are built from them; `rebuild` turns a stored failure back into the sa
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, ClassVar
-from urllib.parse import quote, unquote
 
 
 class ExitCode(IntEnum):
@@ -322,24 +319,3 @@ def rebuild(name: str, args: Sequence[Any]) -> BootstrapError:
     if isinstance(cls, type) and issubclass(cls, BootstrapError) and len(args) == len(cls.facts):
         return cls(*args)
     return InternalError(f"{name}: {', '.join(map(str, args))}")
-
-
-#: Secrets below this length (characters) would blot out ordinary words.
-_SHORTEST_SECRET = 3
-_secrets: set[str] = set()
-
-
-def remember_secret(secret: str) -> None:
-    """From now on `masked` replaces this value, also as it is written in a URL and in JSON."""
-    plain = unquote(secret)
-    forms = {secret, plain, quote(plain), quote(plain, safe="")}
-    forms |= {json.dumps(form, ensure_ascii=ascii)[1:-1] for form in forms for ascii in (True, False)}
-    _secrets.update(form for form in forms if len(form) >= _SHORTEST_SECRET)
-
-
-def masked(text: str) -> str:
-    """The text with the password of every URL, and every secret that was remembered, replaced by `***`."""
-    # The secrets first: a password with an "@" in it would be cut in two by the other.
-    for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return re.sub(r"(?<=://)([^:/@\s'\"]*):[^@\s'\"]*@", r"\1:***@", text)

@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from bifrost_bootstrap.errors import masked
+from bifrost_bootstrap.redaction import masked
 
 #: Attributes that every LogRecord has; what a caller passes as `extra` is what is left.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "data", "color_message"}

@@ -12,7 +12,8 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
-from bifrost_bootstrap.errors import CertificateError, RefusedError, SettingsError, UnavailableError, masked
+from bifrost_bootstrap.errors import CertificateError, RefusedError, SettingsError, UnavailableError
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.urls import PostgresUrl
 
 Connection = psycopg.Connection[tuple[object, ...]]

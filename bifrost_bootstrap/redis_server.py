@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import redis
 
-from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, WarmError, masked
+from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, WarmError
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.urls import TLS_SCHEMES
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bifrost_bootstrap.errors import BootstrapError, ExitCode, SchemaError, masked
+from bifrost_bootstrap.errors import BootstrapError, ExitCode, SchemaError
+from bifrost_bootstrap.redaction import masked
 
 #: Version of the JSON object of `--json`; fields may be added under one number, not changed.
 SCHEMA = 1

@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from bifrost_bootstrap.errors import SettingsError, remember_secret
+from bifrost_bootstrap.errors import SettingsError
+from bifrost_bootstrap.redaction import remember_environment, remember_secret
 from bifrost_bootstrap.urls import AMQPS_FILES, TLS_SCHEMES, PostgresUrl, parse_postgres, several
 
 PREFIX = "BIFROST_"
@@ -186,6 +187,7 @@ def fault_of(server: Need, environment: Mapping[str, str] | None = None) -> str:
 
 def _read_all(environment: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """The values by field, and (field, what is wrong with it)."""
+    remember_environment(environment)
     faults: list[tuple[str, str]] = []
     values: dict[str, str] = {}
     sources: dict[str, str] = {}
@@ -210,6 +212,7 @@ def load_telling(environment: Mapping[str, str] | None = None) -> Settings:
     Raises nothing: what is wrong with one of them is for `load` to say, and must be said somehow.
     """
     environment = os.environ if environment is None else environment
+    remember_environment(environment)
     values = {name: _read(PREFIX + name.upper(), environment)[0] for name in TELLING}
     legal = {name: value for name, value in values.items() if value and not _malformed({name: value}, {name: ""})}
     return Settings.model_validate(_with_kubernetes(legal))

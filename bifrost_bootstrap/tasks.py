@@ -14,7 +14,7 @@ from celery import Task
 from bifrost_bootstrap import redis_server, settings as environment
 from bifrost_bootstrap.celery import MIGRATE, WARM, app
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import BootstrapError, InternalError, UnwantedError, masked
+from bifrost_bootstrap.errors import BootstrapError, InternalError, UnwantedError
 from bifrost_bootstrap.migrate import migrate as migrate_step
 from bifrost_bootstrap.progress import (
     BEAT,
@@ -26,6 +26,7 @@ from bifrost_bootstrap.progress import (
     progress_key,
     wanted_key,
 )
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.warm import warm as warm_step
 

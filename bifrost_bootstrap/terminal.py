@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress as Display, ProgressColumn, Task, 
 from rich.table import Table
 from rich.text import Text
 
-from bifrost_bootstrap.errors import ExitCode, masked
+from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.summary import Summary
 
 

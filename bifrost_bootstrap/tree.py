@@ -34,7 +34,7 @@ ASK_TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Revision:
-    """One revision. `down` and `depends_on` name revisions, `title` is the first paragraph of its docstring."""
+    """One revision. `down` and `depends_on` name revisions, `title` is the first line of its docstring."""
 
     revision: str
     title: str
@@ -178,8 +178,13 @@ def _read_revision(file: Path) -> Revision | None:
     revision = values.get("revision")
     if not isinstance(revision, str) or "down_revision" not in values:
         return None
-    title = (ast.get_docstring(module) or "").split("\n\n")[0].strip()
+    title = first_line(ast.get_docstring(module) or "")
     return Revision(revision, title, down, depends_on, labels)
+
+
+def first_line(text: str) -> str:
+    """The first line that says something; "" without one."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def _names(value: object) -> tuple[str, ...]:

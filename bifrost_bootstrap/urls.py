@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from bifrost_bootstrap.errors import remember_secret
+from bifrost_bootstrap.redaction import remember_secret
 
 #: Connect arguments of asyncpg and of SQLAlchemy's asyncpg dialect that libpq has no word for.
 ASYNCPG_ONLY = frozenset(

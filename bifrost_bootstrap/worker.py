@@ -28,9 +28,10 @@ from kombu.exceptions import OperationalError
 from bifrost_bootstrap import logs, redis_server, settings as environment, tree as trees
 from bifrost_bootstrap.celery import WARM, add_queue, app
 from bifrost_bootstrap.decision import MESSAGE_TTL
-from bifrost_bootstrap.errors import BootstrapError, masked
+from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.guard import ANY_TASK, Guard
 from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 
 logger = logging.getLogger(__name__)

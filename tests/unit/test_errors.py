@@ -10,8 +10,9 @@ import pytest
 from celery import Celery
 from celery.backends.base import Backend
 
-from bifrost_bootstrap import errors
-from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError, masked, rebuild, remember_secret
+from bifrost_bootstrap import errors, redaction
+from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError, rebuild
+from bifrost_bootstrap.redaction import masked, remember_secret
 
 #: A value for every fact of every error. Braces and percent signs must come through as they are.
 FACTS: dict[str, Any] = {
@@ -167,7 +168,8 @@ def test_passwords_in_urls_are_masked(text: str, shown: str) -> None:
 
 def test_remembered_secrets_are_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A remembered secret is masked anywhere, the longer of two that overlap first, also with an @ in a URL."""
-    monkeypatch.setattr(errors, "_secrets", set())
+    monkeypatch.setattr(redaction, "_secrets", set())
+    monkeypatch.setattr(redaction, "_parts", set())
     for secret in ("abc", "abcdef", "p@ss/wörd"):
         remember_secret(secret)
     assert masked("xabcdefx xabcx") == "x***x x***x"
@@ -176,7 +178,8 @@ def test_remembered_secrets_are_masked_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_tiny_secret_does_not_blot_out_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """A password of one or two characters is masked in URLs only."""
-    monkeypatch.setattr(errors, "_secrets", set())
+    monkeypatch.setattr(redaction, "_secrets", set())
+    monkeypatch.setattr(redaction, "_parts", set())
     remember_secret("a")
     remember_secret("")
     assert masked("a banana at redis://:a@h") == "a banana at redis://:***@h"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_bootstrap import errors, logs
-from bifrost_bootstrap.errors import remember_secret
+from bifrost_bootstrap import logs, redaction
 from bifrost_bootstrap.logs import JsonFormatter, TextFormatter
+from bifrost_bootstrap.redaction import remember_secret
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,8 @@ def kept_logging() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     """A remembered password."""
-    monkeypatch.setattr(errors, "_secrets", set())
+    monkeypatch.setattr(redaction, "_secrets", set())
+    monkeypatch.setattr(redaction, "_parts", set())
     remember_secret("hidden-word")
     return "hidden-word"
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bifrost_bootstrap import report
-from bifrost_bootstrap.errors import BusyError, ExitCode, remember_secret
+from bifrost_bootstrap.errors import BusyError, ExitCode
 from bifrost_bootstrap.init import InitReport
 from bifrost_bootstrap.load import LoadResult
 from bifrost_bootstrap.readiness import Readiness
+from bifrost_bootstrap.redaction import remember_secret
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.tree import Revision
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bifrost_bootstrap import settings as environment
-from bifrost_bootstrap.errors import SettingsError, masked
+from bifrost_bootstrap.errors import SettingsError
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import duration, load
 from bifrost_bootstrap.urls import PostgresUrl
 

@@ -64,7 +64,7 @@ def in_alembics_eyes(config: Path) -> tuple[dict[str, Revision], tuple[str, ...]
     revisions = {
         one.revision: Revision(
             one.revision,
-            one.doc,
+            one.doc.partition("\n")[0],
             tuple(one._versioned_down_revisions),
             tuple(one._resolved_dependencies),
             tuple(sorted(one._orig_branch_labels)),

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 import sqlalchemy
 
-from bifrost_bootstrap.errors import masked
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.urls import ASYNCPG_ONLY, amqp_tls, digest, parse_postgres
 
 PARTS = {"host": "db.example", "port": "5433", "user": "bifrost", "password": "secret-word", "dbname": "platform"}
