@@ -29,8 +29,10 @@ import os
 import re
 import signal
 import sys
+import sysconfig
 import threading
 import time
+import traceback
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -528,8 +530,11 @@ def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
     message = getattr(diag, "message_primary", None) or getattr(cause, "message", None) or str(original)
     detail = getattr(diag, "message_detail", None) or getattr(cause, "detail", None)
     sqlstate = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None) or ""
+    if not type(original).__module__.startswith(("alembic.", "asyncpg.", "psycopg", "sqlalchemy.")):
+        message = own_words(original, error)
     return {
         "kind": "failed",
+        "by_tree": not type(error).__module__.startswith(("alembic.", "sqlalchemy.")),
         "sqlstate": sqlstate,
         "disconnected": not sqlstate and is_disconnect(error, begun=bool(revision)),
         "message": f"{message} ({detail})" if detail else message or type(error).__name__,
@@ -538,6 +543,20 @@ def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
         "revision": revision,
         "title": title,
     }
+
+
+def own_words(original: BaseException, error: BaseException) -> str:
+    """What a tree's own code raised: class, message (of pydantic the fields), and the tree's last own line."""
+    try:
+        faults = original.errors()  # type: ignore[attr-defined]
+        text = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
+    except (AttributeError, KeyError, TypeError):
+        text = " ".join(str(original).split())
+    words = f"{type(original).__name__}: {text}" if text else type(original).__name__
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    libraries = ["<", str(Path(__file__).parent), *(sysconfig.get_path(kind) for kind in kinds)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(tuple(libraries))]
+    return f"{words} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else words
 
 
 def is_disconnect(error: BaseException, *, begun: bool) -> bool:
@@ -583,8 +602,6 @@ def main() -> NoReturn:
                 events.send("done")
             code = 0
         except BaseException as error:
-            import traceback
-
             traceback.print_exc()
             events.send("error", **(runner.report(error) if runner else report(error, "", "")))
         sys.stderr.flush()

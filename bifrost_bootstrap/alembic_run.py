@@ -17,6 +17,7 @@ from bifrost_bootstrap.errors import (
     MigrationError,
     OwnProcessError,
     RefusedError,
+    TreeError,
     UnavailableError,
     VersionTableError,
     WrongDatabaseError,
@@ -188,10 +189,6 @@ class _Run:
                 lost = "the migration lock was lost while a revision ran"
                 return UnavailableError(str(url), masked(event.get("message", lost)))
         message = masked(event["message"])
-        # What fails after its last one is no revision's fault.
-        revision, title, statement = (
-            ("", "", "") if event["revision"] in applied else (event["revision"], event["title"], event["statement"])
-        )
         refused = event["disconnected"] and any(word in message for word in REFUSALS)
         if not event["revision"] and (refused or event["sqlstate"].startswith(_REFUSED)):
             return RefusedError("the database that env.py of the tree names", message)
@@ -202,7 +199,18 @@ class _Run:
         if event["sqlstate"] == _NO_RIGHT and not event["revision"]:
             # The version table could not be made: no revision is at fault.
             return RefusedError(str(url), message)
-        return MigrationError(revision, title, masked(statement), message, masked(event["hint"]), applied)
+        return _tree_error(event, applied, message)
+
+
+def _tree_error(event: dict[str, Any], applied: list[str], message: str) -> TreeError | MigrationError:
+    """What the tree itself is at fault for, before its first revision, in one, or after the last."""
+    if event["by_tree"] and not event["revision"] and not event["sqlstate"]:
+        return TreeError(message)
+    # What fails after its last one is no revision's fault.
+    revision, title, statement = (
+        ("", "", "") if event["revision"] in applied else (event["revision"], event["title"], event["statement"])
+    )
+    return MigrationError(revision, title, masked(statement), message, masked(event["hint"]), applied)
 
 
 def _busy(revision: str, watch: BlockerWatch) -> BusyError:

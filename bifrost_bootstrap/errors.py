@@ -7,6 +7,7 @@ Every error of this program, with the exit code it ends in.
     ├── RefusedError              78  a server refuses us: password, database, rights
     │   └── CertificateError      78  we refuse a server: its certificate is not what it should be
     ├── WrongDatabaseError        78  env.py migrates another database than the one that is locked
+    ├── TreeError                 78  the tree fails before its first revision: a setting of its own, an import
     ├── VersionTableError         78  the tree keeps its version in another table than we look at
     ├── PoolTooSmallError         78  a pooler gives one connection, a migration needs two
     ├── UnavailableError          69  a server was not there in time
@@ -139,6 +140,18 @@ class WrongDatabaseError(BootstrapError):
     facts = ("locked", "migrated")
     text = "env.py of the tree would migrate {migrated}, but we are to migrate {locked}"
     advice = "let env.py read BIFROST_DATABASE_URL or DATABASE_URL, or correct BIFROST_MIGRATION_DATABASE_URL"
+
+
+class TreeError(BootstrapError):
+    """The tree failed before its first revision began. reason: what it raised, and where."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("reason",)
+    text = "the tree failed before its first revision: {reason}"
+    advice = (
+        "give this container the settings and packages that env.py of the tree needs (its interpreter is "
+        "BIFROST_ALEMBIC_PYTHON), then run init again"
+    )
 
 
 class VersionTableError(BootstrapError):

@@ -343,6 +343,6 @@ def test_message_of_the_tree_with_its_url(tree: Path, tree_env: dict[str, str], 
     env_py = tree.parent / "env.py"
     env_py.write_text("import os\nurl = os.environ['BIFROST_DATABASE_URL']\nraise RuntimeError(f'cannot use {url}')\n")
     done = run_bootstrap("init", "--with-worker", env=tree_env)
-    assert done.returncode == 1
-    assert "cannot use postgresql://bifrost:***@127.0.0.1" in done.stderr
+    assert done.returncode == 78
+    assert "RuntimeError: cannot use postgresql://bifrost:***@127.0.0.1" in done.stderr
     assert not leaks_in(done.stdout + done.stderr)

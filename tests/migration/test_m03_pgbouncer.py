@@ -195,7 +195,7 @@ DEFERRED = """
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ('op.execute("SELECT count(*) FROM applied")\n    raise ValueError("no")', "no"),
+        ('op.execute("SELECT count(*) FROM applied")\n    raise ValueError("no")', "ValueError: no"),
         (DEFERRED, 'insert or update on table "child" violates foreign key constraint "no"'),
     ],
     ids=["raised", "at COMMIT"],
