@@ -162,3 +162,23 @@ def test_m15_behind_a_busy_pooler(
             client.join()
     assert done.code == 0
     assert set(applied(database).values()) == {1}
+
+
+def test_m15_rollback_by_hand(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A ROLLBACK takes back what was not committed; the rest of the revision runs, and the next ones are whole."""
+    assert outcome(start(start_migrate, tree)).code == 0
+    undone = 'op.execute("CREATE TABLE undone (id int)")\n    op.execute("ROLLBACK")'
+    undone += '\n    op.execute("CREATE TABLE kept (id int)")'
+    tree.revision("takes_back", undone).revision("next", "op.execute('CREATE TABLE t (id int)')")
+    done = outcome(start(start_migrate, tree))
+    assert (done.code, done.applied) == (0, ["takes_back", "next"]), done.facts
+    found = database.execute("SELECT to_regclass('undone'), to_regclass('kept')::text, to_regclass('t')::text")
+    assert found == [(None, "kept", "t")]
+
+
+def test_m15_rollback_of_earlier_revisions(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Where it takes back earlier revisions of the same transaction, the run fails and nothing is recorded."""
+    tree.revision("takes_back", 'op.execute("ROLLBACK")')
+    failed = outcome(start(start_migrate, tree))
+    assert failed.code == 1
+    assert database.execute("SELECT to_regclass('applied'), to_regclass('kinds')") == [(None, None)]

@@ -10,18 +10,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 import redis
+from psycopg.conninfo import conninfo_to_dict
 
 from bifrost_bootstrap.embedded import EmbeddedServers, embedded_servers
+from tests.conftest import StartServer
+from tests.servers import PgbouncerServer, RunFolder
+from tests.servers.leaks import PLANTED_PASSWORD
+from tests.servers.postgres import APP_ROLE
 from tests.servers.process import wait_until
 
 #: Seconds for one init on an empty database (183 revisions take about 10), and for a script of the platform.
@@ -107,7 +115,7 @@ class Platform:
     """One database and one Redis with the platform's own programs, and ours in place of its init container."""
 
     def __init__(self, folder: Path, servers: EmbeddedServers, database: str = "postgres") -> None:
-        self.folder = folder
+        self.folder, self.servers = folder, servers
         self.url = servers.database_url.rpartition("/")[0] + "/" + database
         self.client = redis.Redis.from_url(servers.redis_url)
         asynchronous = self.url.replace("postgresql://", "postgresql+asyncpg://")
@@ -121,7 +129,19 @@ class Platform:
             "BIFROST_ENVIRONMENT": "testing",
             "BIFROST_ALEMBIC_PYTHON": os.environ["PLATFORM_PYTHON"],
             "PYTHONPATH": str(folder),
+            # Its own init calls `alembic` by name.
+            "PATH": f"{Path(os.environ['PLATFORM_PYTHON']).parent}{os.pathsep}{os.environ['PATH']}",
         }
+
+    def through(self, url: str) -> Platform:
+        """The same with another URL of the same database for all its programs."""
+        other = Platform(self.folder, self.servers)
+        changed = {
+            "BIFROST_DATABASE_URL": url.replace("postgresql://", "postgresql+asyncpg://"),
+            "BIFROST_DATABASE_URL_SYNC": url,
+        }
+        other.environment = {**self.environment, **changed}
+        return other
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """Start our command in the platform's folder."""
@@ -235,6 +255,56 @@ def test_killed_behind_the_raw_commit(platform_folder: Path, servers: EmbeddedSe
             os.killpg(process.pid, 9)
             process.communicate()
         assert platform.init()["ready"], number
+
+
+def test_behind_a_busy_pooler(platform: Platform, run_folder: RunFolder, start_server: StartServer) -> None:
+    """PgBouncer in transaction mode, as the platform runs it, with three other clients in the same pool."""
+    platform.query(f"CREATE ROLE {APP_ROLE} LOGIN SUPERUSER PASSWORD '{PLANTED_PASSWORD}'")
+    port = int(str(conninfo_to_dict(platform.url)["port"]))
+    pool = start_server(PgbouncerServer(run_folder, SimpleNamespace(host="127.0.0.1", port=port), pool_size=5))
+    stop = Event()
+
+    def work() -> None:
+        with psycopg.connect(pool.url(), prepare_threshold=None) as connection:
+            while not stop.is_set():
+                with connection.transaction():
+                    connection.execute("SELECT count(*) FROM pg_class")
+
+    clients = [Thread(target=work) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        result = platform.through(pool.url()).init()
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert result["migrate"]["applied"]
+    assert platform.init()["nothing_to_do"]
+
+
+def test_seconds_beside_its_own_init(
+    platform: Platform, servers: EmbeddedServers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both from nothing and with nothing to do; the ratios are printed, and judged by nobody."""
+    seconds: dict[str, list[float]] = {}
+    for number in range(3):
+        for who in ("ours", "its own"):
+            database = f"timed_{number}_{who.replace(' ', '_')}"
+            platform.query(f"CREATE DATABASE {database}")
+            timed = Platform(platform.folder, servers, database)
+            for what in ("from nothing", "nothing to do"):
+                begun = time.monotonic()
+                if who == "ours":
+                    timed.init()
+                else:
+                    timed.run("-m", "scripts.init_container")
+                seconds.setdefault(f"{who}, {what}", []).append(time.monotonic() - begun)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    with capsys.disabled():
+        for what in ("from nothing", "nothing to do"):
+            ours, own = medians[f"ours, {what}"], medians[f"its own, {what}"]
+            print(f"\n{what}: ours {ours:.1f}s, its own {own:.1f}s, ratio {ours / own:.2f}")
 
 
 def test_warm_beside_its_own_writers(platform: Platform) -> None:

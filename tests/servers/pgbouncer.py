@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import pwd
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import psycopg
 from psycopg.rows import dict_row
 
 from tests.servers.leaks import PLANTED_PASSWORD, PLANTED_PASSWORD_QUOTED
-from tests.servers.postgres import ADMIN_ROLE, APP_ROLE, CONNECT_TIMEOUT, PostgresServer
+from tests.servers.postgres import ADMIN_ROLE, APP_ROLE, CONNECT_TIMEOUT
 from tests.servers.process import RunFolder, Server, find_program, settings_lines, unprivileged_user
 
 PROGRAM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin")
 #: Clients of the console; the roles of the server behind have no rights there.
 CONSOLE_USER = "console"
+
+
+class Address(Protocol):
+    """A PostgreSQL whose roles are APP_ROLE and ADMIN_ROLE, with the planted password."""
+
+    @property
+    def host(self) -> str:
+        """Name or address."""
+
+    @property
+    def port(self) -> int:
+        """TCP port."""
 
 
 class PgbouncerServer(Server):
@@ -35,7 +47,7 @@ class PgbouncerServer(Server):
     def __init__(
         self,
         run: RunFolder,
-        behind: PostgresServer,
+        behind: Address,
         *,
         pool_size: int = 20,
         settings: Mapping[str, str] | None = None,
