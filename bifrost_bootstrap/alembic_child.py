@@ -2,8 +2,9 @@
 Runs a foreign Alembic tree, unmodified, in a process of its own.
 
 This file is started by the tree's interpreter and imports the standard library, Alembic and SQLAlchemy only
-(Alembic >= 1.13, SQLAlchemy >= 2.0). It reads one JSON request line from stdin and writes one JSON event a line
-to what was its stdout; whatever the tree prints goes to stderr. When stdin ends, the parent is gone and so are we.
+(Alembic >= 1.13, SQLAlchemy >= 2.0). It reads one JSON request line from the pipe that its argument names, and writes
+one JSON event a line to what was its stdout; whatever the tree prints goes to stderr. When the pipe ends, the parent is
+gone and so are we.
 
 By SQLAlchemy's engine events, and without touching the tree's code, each transaction of the tree
 
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
     from sqlalchemy.engine import Connection
 
+#: What a pipe holds; the parent has written the request before we start.
+PIPE_BYTES = 65536
 #: Characters of a statement that a report needs.
 STATEMENT_LENGTH = 2000
 #: Milliseconds between two looks of the server at whether its client is still there (0.5 s measured to end).
@@ -75,8 +78,13 @@ NEEDS_TRANSACTION = re.compile(rf"{GAP}*(?:begin|start{GAP}+transaction|savepoin
 END_ALONE = re.compile(
     rf"{GAP}*(?:(?P<commit>commit|end)|rollback|abort)(?:{GAP}+(?:work|transaction))?{GAP}*;?{GAP}*$", re.IGNORECASE
 )
-#: Key in a connection's `info`: the tree has ended its transaction by hand.
-LEFT = "bifrost_left_transaction"
+#: What the server takes before any query of a transaction only.
+SETS_TRANSACTION = re.compile(
+    rf"{GAP}*set{GAP}+(?:(?:local|session){GAP}+)?transaction(?:_isolation|_read_only|_deferrable)?\b", re.IGNORECASE
+)
+#: Keys in a connection's `info`: the tree has ended its transaction by hand; the transaction has seen no statement of
+#: the tree yet; it has seen only such as `SETS_TRANSACTION`, and bears no lock yet.
+LEFT, FRESH, UNBOUND = "bifrost_left_transaction", "bifrost_fresh_transaction", "bifrost_unbound_transaction"
 #: By which the server refuses a statement that must have no transaction around it, a procedure that commits too.
 NEEDS_NO_TRANSACTION = ("25001", "2D000")
 
@@ -102,9 +110,9 @@ class Events:
         self._out.flush()
 
 
-def end_with_parent() -> None:
+def end_with_parent(pipe: int) -> None:
     """
-    End this process, and what it started, when the parent closes our stdin or dies.
+    End this process, and what it started, when the parent closes the pipe or dies.
 
     By SIGINT: asyncio and psycopg have the server cancel what is running, behind a pooler too. (psycopg2 does not
     listen, and leaves a statement outside a transaction to the next holder.)
@@ -112,8 +120,7 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait() -> None:
-        # Not sys.stdin: what the tree forks would inherit its lock, taken.
-        while os.read(0, 4096):
+        while os.read(pipe, 4096):
             pass
         # The parent has given us a process group of our own.
         os.killpg(0, signal.SIGINT)
@@ -175,9 +182,11 @@ class Guard:
         if self.foreign(connection) is not None or autocommits(connection):
             return
         self.join_lock(connection)
+        connection.info[FRESH] = True
 
     def join_lock(self, connection: Connection) -> None:
         """Tie the transaction that has just begun to the migration lock."""
+        connection.info.pop(UNBOUND, None)
         # First seen by the next holder, then proven: in the other order he could come in between.
         ask(connection, f"{self.join}, set_config('lock_timeout', '{self.lock_timeout}', true)")
         self.prove(connection)
@@ -185,6 +194,8 @@ class Guard:
     def on_commit(self, connection: Connection) -> None:
         if self.foreign(connection) is not None or autocommits(connection):
             return
+        if connection.info.get(UNBOUND):
+            self.join_lock(connection)
         self.prove(connection)
 
     def on_execute(
@@ -197,6 +208,7 @@ class Guard:
         if connection.info.get(LEFT) and NEEDS_TRANSACTION.match(statement):
             self.rejoin(connection)
         if not autocommits(connection):
+            self.before_statement(connection, statement)
             if ENDS_TRANSACTION.search(statement):
                 # It may commit, which `on_commit` does not see.
                 self.prove(connection)
@@ -216,6 +228,17 @@ class Guard:
             while self.drop_invalid(connection, found["index"], found["table"]):
                 self.prove(connection)
                 run(connection, statement)
+
+    def before_statement(self, connection: Connection, statement: str) -> None:
+        """Our join was a query: where the tree's first statement must come before any, begin again and join later."""
+        fresh = connection.info.pop(FRESH, False)
+        if not SETS_TRANSACTION.match(statement):
+            if connection.info.get(UNBOUND):
+                self.join_lock(connection)
+        # What the tree does past SQLAlchemy is not seen here, and must not be taken back.
+        elif fresh and ask(connection, "SELECT pg_current_xact_id_if_assigned() IS NULL")[0]:
+            connection.connection.dbapi_connection.rollback()  # type: ignore[union-attr]
+            connection.info[UNBOUND] = True
 
     def leave_transaction(self, connection: Connection) -> None:
         """
@@ -530,11 +553,15 @@ def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
     message = getattr(diag, "message_primary", None) or getattr(cause, "message", None) or str(original)
     detail = getattr(diag, "message_detail", None) or getattr(cause, "detail", None)
     sqlstate = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None) or ""
-    if not type(original).__module__.startswith(("alembic.", "asyncpg.", "psycopg", "sqlalchemy.")):
-        message = own_words(original, error)
+    place = own_place(error)
+    if not sqlstate and not type(original).__module__.startswith(("alembic.", "asyncpg.", "psycopg")):
+        message = own_words(original) + (f" ({place})" if place else "")
     return {
         "kind": "failed",
-        "by_tree": not type(error).__module__.startswith(("alembic.", "sqlalchemy.")),
+        # The rest is about how its revisions fit together.
+        "by_tree": bool(place)
+        and not type(error).__module__.startswith("alembic.")
+        and not isinstance(error, SyntaxError),
         "sqlstate": sqlstate,
         "disconnected": not sqlstate and is_disconnect(error, begun=bool(revision)),
         "message": f"{message} ({detail})" if detail else message or type(error).__name__,
@@ -545,18 +572,22 @@ def report(error: BaseException, revision: str, title: str) -> dict[str, Any]:
     }
 
 
-def own_words(original: BaseException, error: BaseException) -> str:
-    """What a tree's own code raised: class, message (of pydantic the fields), and the tree's last own line."""
+def own_words(error: BaseException) -> str:
+    """Class and message in one line; of pydantic's errors the fields, without their values."""
     try:
-        faults = original.errors()  # type: ignore[attr-defined]
+        faults = error.errors()  # type: ignore[attr-defined]
         text = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults)
     except (AttributeError, KeyError, TypeError):
-        text = " ".join(str(original).split())
-    words = f"{type(original).__name__}: {text}" if text else type(original).__name__
+        text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def own_place(error: BaseException) -> str:
+    """File and line of the last frame of the tree's own code; "" where none of it was running."""
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
     libraries = ["<", str(Path(__file__).parent), *(sysconfig.get_path(kind) for kind in kinds)]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(tuple(libraries))]
-    return f"{words} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else words
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
 
 
 def is_disconnect(error: BaseException, *, begun: bool) -> bool:
@@ -576,27 +607,53 @@ def is_disconnect(error: BaseException, *, begun: bool) -> bool:
     return isinstance(error, (InterfaceError, OperationalError))
 
 
+def configured(arguments: list[str]) -> Config:
+    """Alembic's configuration for this command line, as its own program makes it."""
+    from alembic.config import CommandLine
+
+    class Line(CommandLine):
+        def run_cmd(self, config: Config, options: Any) -> None:
+            self.config = config
+
+    sys.argv = ["alembic", *arguments]
+    line = Line(prog="alembic")
+    line.main(argv=arguments)
+    return line.config
+
+
+def want_each_once(script: ScriptDirectory) -> None:
+    """Alembic takes the last of several files with the same revision id, and says so in a warning only."""
+    from alembic.util import CommandError
+
+    files: dict[str, str] = {}
+    for revision in script._load_revisions():
+        if (other := files.setdefault(revision.revision, revision.path)) != revision.path:
+            raise CommandError(f"revision {revision.revision} is in two files: {other} and {revision.path}")
+
+
 def main() -> NoReturn:
     events = Events()
-    request = json.loads(sys.stdin.buffer.readline())
+    pipe = int(sys.argv[1])
+    os.set_inheritable(pipe, False)
+    request = json.loads(os.read(pipe, PIPE_BYTES))
     runner: Runner | None = None
     code = 1
     try:
         try:
             try:
-                from alembic.config import Config
                 from alembic.script import ScriptDirectory
             except Exception as error:
                 raise Refused("no_alembic", message=f"has no Alembic that can be imported: {error}") from error
 
-            config = Config(request["config"])
+            config = configured(request["arguments"] + (["--sql"] if request["mode"] == "sql" else []))
             script = ScriptDirectory.from_config(config)
             if request["mode"] == "describe":
+                want_each_once(script)
                 events.send("tree", revisions=[describe(revision) for revision in script.walk_revisions()])
             elif request["mode"] == "sql":
                 events.send("sql", sql=pending_sql(config, script, request["heads"]))
             else:
-                end_with_parent()
+                end_with_parent(pipe)
                 runner = Runner(request, config, script, events)
                 runner.upgrade()
                 events.send("done")

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bifrost_bootstrap import lock, schema, tree as trees
+from bifrost_bootstrap import child as children, lock, schema
 from bifrost_bootstrap.blockers import BlockerWatch
-from bifrost_bootstrap.child import Child
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import (
     BootstrapError,
@@ -65,7 +64,6 @@ def upgrade(
     """
     request = {
         "mode": "upgrade",
-        "config": str(tree.config),
         "version_table": settings.alembic_version_table,
         "lock_timeout_ms": round(settings.migration_lock_timeout * 1000),
         "tag": lock.TAG,
@@ -80,7 +78,7 @@ def upgrade(
     }
     url = settings.migration_database
     # The tree reads its URL from the environment; an argument would show in the process list.
-    child = Child(tree, request, BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
+    child = children.Child(tree.alembic, request, BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
     watch = BlockerWatch(url)
     run = _Run(settings, tree, watch, report, child.output)
     longest_block = max(settings.migration_lock_timeout, SHORTEST_BLOCK)
@@ -175,7 +173,7 @@ class _Run:
             last = self.output[-1] if self.output else "without a word"
             return OwnProcessError("the tree's process", masked(f"it ended with code {returncode}: {last}"))
         if self.failure["kind"] == "no_alembic":
-            return trees.unfit(self.tree.python, self.failure["message"])
+            return children.unfit(self.tree.alembic, self.failure["message"])
         return self._error_of(self.failure, [one.revision for one in applied])
 
     def _error_of(self, event: dict[str, Any], applied: list[str]) -> Exception:

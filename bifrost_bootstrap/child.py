@@ -11,13 +11,19 @@ import subprocess
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any, Self
 
-from bifrost_bootstrap import settings as environment, tree as trees
+from bifrost_bootstrap import settings as environment
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.errors import SettingsError
+from bifrost_bootstrap.tree import Alembic
 
 logger = logging.getLogger(__name__)
+
+PROGRAM = Path(__file__).with_name("alembic_child.py")
+#: Seconds for the tree's Alembic to import and answer one request; imports take 0.4 to 2 s.
+ASK_TIMEOUT = 60.0
 
 #: Lines of the tree's own output that are kept for a report.
 KEPT_OUTPUT = 20
@@ -34,25 +40,29 @@ class Child:
     Raises SettingsError where the interpreter does not start.
     """
 
-    def __init__(self, tree: Tree, request: Mapping[str, Any], **variables: str) -> None:
+    def __init__(self, alembic: Alembic, request: Mapping[str, Any], **variables: str) -> None:
         self.output: deque[str] = deque(maxlen=KEPT_OUTPUT)
+        # The request, and the sign that we live. Not by stdin: a revision that reads that finds its end at once.
+        reading, self._alive = os.pipe()
+        # A pipe takes 64 KB before anybody reads; a request has less than 4.
+        os.write(self._alive, json.dumps({"arguments": alembic.arguments, **request}).encode() + b"\n")
         try:
             self._process = subprocess.Popen(  # noqa: S603  (the operator's own interpreter)
-                [tree.python, str(trees.CHILD)],
-                cwd=tree.config.parent, env=environment.child_environment(**variables), bufsize=0,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                [alembic.python, str(PROGRAM), str(reading)], pass_fds=[reading], stdin=subprocess.DEVNULL,
+                cwd=alembic.folder, env=environment.child_environment(**variables), bufsize=0,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise trees.unfit(tree.python, f"does not start: {error.strerror}") from error
-        assert self._process.stdin
-        # What has ended before it read this says why on stderr.
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            os.close(self._alive)
+            raise unfit(alembic, f"does not start: {error.strerror}") from error
+        finally:
+            os.close(reading)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        os.close(self._alive)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with self._process:
@@ -98,6 +108,31 @@ class Child:
                     due = Deadline(every)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(LAST_WORDS)
+
+
+def ask(alembic: Alembic, request: Mapping[str, Any], **variables: str) -> dict[str, Any]:
+    """
+    The answer of the tree's own Alembic to one request, in its own process (`alembic_child.py`).
+
+    Where it fails, the answer has a `message` and nothing else that was asked for. variables: for its environment.
+
+    Raises SettingsError where the interpreter does not start, or has no Alembic.
+    """
+    deadline = Deadline(ASK_TIMEOUT)
+    with Child(alembic, request, **variables) as child:
+        for event in child.events(every=1.0):
+            if event.get("kind") == "no_alembic":
+                raise unfit(alembic, event["message"])
+            if event:
+                return event
+            if deadline.passed:
+                return {"message": f"no answer within {ASK_TIMEOUT:.0f}s"}
+    return {"message": child.output[-1] if child.output else f"its interpreter ended with code {child.returncode}"}
+
+
+def unfit(alembic: Alembic, why: str) -> SettingsError:
+    """The tree's interpreter cannot run the tree. why: what it does or lacks."""
+    return SettingsError([f"BIFROST_ALEMBIC_PYTHON names {alembic.python}, which {why}"])
 
 
 class _Lines:

@@ -142,9 +142,9 @@ def check(wait: float | None, as_json: bool) -> int:
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "tree")
-        from bifrost_bootstrap import readiness, surroundings, tree as trees
+        from bifrost_bootstrap import readiness, surroundings, tree_loading
 
-        tree = trees.load(settings)
+        tree = tree_loading.load(settings)
         found = readiness.wait_until_ready(settings, tree, Deadline(wait or 0))
         around = surroundings.look(settings, tree)
         shown = summary.of_check(found, around)
@@ -173,9 +173,9 @@ def plan(with_sql: bool, as_json: bool) -> int:
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "tree")
-        from bifrost_bootstrap import plan as plans, tree as trees
+        from bifrost_bootstrap import plan as plans, tree_loading
 
-        found = plans.plan(settings, trees.load(settings), with_sql=with_sql)
+        found = plans.plan(settings, tree_loading.load(settings), with_sql=with_sql)
         facts = {**found.to_dict(), "message": found.headline}
         return Outcome(ExitCode.OK, summary.of_plan(found), facts, text=found.sql)
 
@@ -197,10 +197,10 @@ def worker() -> int:
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "rabbitmq", "tree")
-        from bifrost_bootstrap import chain, tree as trees, waiting, worker
+        from bifrost_bootstrap import chain, tree_loading, waiting, worker
 
         # Celery would leave without a verdict.
-        trees.load(settings)
+        tree_loading.load(settings)
         worker.show_life(settings.worker_health_file)
         # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
         # virtual host for ever.

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bifrost_bootstrap import postgres, readiness, redis_server, tree as trees, waiting
+from bifrost_bootstrap import postgres, readiness, redis_server, tree_loading, waiting
 from bifrost_bootstrap.deadline import Deadline, Overrun
 from bifrost_bootstrap.decision import Decision, Enqueue, Fail, Observation, Succeed, Wait, decide
 from bifrost_bootstrap.errors import (
@@ -116,8 +116,8 @@ def _init(
     settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, away: dict[str, BootstrapError],
     *, with_worker: bool,
 ) -> InitReport:  # fmt: skip
-    tree = trees.load(settings)
-    logger.info("tree %s (%s), heads %s", tree.config, tree.why, ", ".join(tree.heads) or "none")
+    tree = tree_loading.load(settings)
+    logger.info("tree %s (%s), heads %s", tree.alembic.config, tree.why, ", ".join(tree.heads) or "none")
     truth = _glance(settings, tree, deadline, away)
     if truth and truth.nothing_to_do and wanted.migrate:
         return InitReport(truth, round(deadline.elapsed, 3), nothing_to_do=True)

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree as trees
+from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree_loading
 from bifrost_bootstrap.alembic_run import Applied
 from bifrost_bootstrap.deadline import Deadline, Patience
 from bifrost_bootstrap.errors import (
@@ -59,8 +59,8 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     RefusedError where that lasts longer than `Patience`, and the configuration errors of the tree.
     """
     started = time.monotonic()
-    tree = trees.load(settings)
-    logger.info("tree %s (%s), heads %s", tree.config, tree.why, ", ".join(tree.heads) or "none")
+    tree = tree_loading.load(settings)
+    logger.info("tree %s (%s), heads %s", tree.alembic.config, tree.why, ", ".join(tree.heads) or "none")
     url = settings.migration_database
     before: SchemaState | None = None
     applied: list[Applied] = []

@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
 import redis
 
-from bifrost_bootstrap.cache_scripts import PROOF, RENEW, STATES, SWITCH
 from bifrost_bootstrap.errors import StagedLostError
 
 _Item = TypeVar("_Item")
@@ -49,6 +49,16 @@ WRITE_AHEAD = 8
 #: Seconds that staged entries outlive a warm that died; renewed while it runs. Those that were written in place lie
 #: where a live writer's may lie too, so their time is not touched again: it has to do for all of the fill.
 STAGE_TTL, FILL_TTL = 300, 3600
+
+
+def _script(name: str, *parts: str) -> str:
+    """A script that runs in Redis in one step; what it takes and returns is told in its file."""
+    folder = Path(__file__).with_name("lua")
+    return "".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, name))
+
+
+STATES, PROOF, SWITCH = (_script(name, "tail_of") for name in ("states", "proof", "switch"))
+RENEW = _script("renew")
 
 
 @contextmanager

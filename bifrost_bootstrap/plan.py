@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bifrost_bootstrap import cache_diff, readiness, redis_server, schema as schemas, tree as trees
+from bifrost_bootstrap import cache_diff, child, readiness, redis_server, schema as schemas
 from bifrost_bootstrap.cache_diff import CacheDiff
 from bifrost_bootstrap.errors import ExitCode, WarmError
 from bifrost_bootstrap.module_cache import ModuleCache
@@ -82,10 +82,8 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
 
 def _sql(settings: Settings, tree: Tree, state: SchemaState) -> tuple[str, str]:
     url = settings.database.as_written
-    answer = trees.ask_alembic(
-        tree.config, tree.python, {"mode": "sql", "heads": state.database_heads},
-        BIFROST_DATABASE_URL=url, DATABASE_URL=url,
-    )  # fmt: skip
+    request = {"mode": "sql", "heads": state.database_heads}
+    answer = child.ask(tree.alembic, request, BIFROST_DATABASE_URL=url, DATABASE_URL=url)
     if "sql" in answer:
         return answer["sql"], ""
     return "", f"the tree cannot be written as SQL without running it: {answer['message']}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,9 +29,12 @@ UNPREFIXED = ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL")
 KUBERNETES_TERMINATION_LOG = Path("/dev/termination-log")
 #: The settings that say how and where to tell what is wrong with the others.
 TELLING = ("log_format", "log_level", "termination_log")
-#: The tree of a working folder, and what is said where none is named either.
-DEFAULT_TREE = Path("alembic.ini")
-NO_TREE = "BIFROST_ALEMBIC_CONFIG is not set, nor ALEMBIC_CONFIG, and there is no alembic.ini in the working folder"
+#: The trees of a working folder, and what is said where none is named either.
+INI, PYPROJECT = Path("alembic.ini"), Path("pyproject.toml")
+NO_TREE = (
+    "BIFROST_ALEMBIC_CONFIG is not set, nor ALEMBIC_CONFIG, and there is no alembic.ini in the working folder, "
+    "nor a pyproject.toml with [tool.alembic]"
+)
 #: Seconds in the units that a duration may be written in.
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -86,6 +91,10 @@ def _postgres_url(value: object) -> object:
     return parse_postgres(value) if isinstance(value, str) else value
 
 
+def _words(value: object) -> object:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
 Duration = Annotated[float, BeforeValidator(duration), Field(ge=0)]
 DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(_postgres_url), PlainSerializer(str)]
 RedisUrl = Annotated[str, _server_url("redis", "rediss", "unix", "valkey", "valkeys")]
@@ -107,8 +116,12 @@ class Settings(BaseModel):
     #: Celery's broker.
     rabbitmq_url: BrokerUrl | None = Field(default=None, repr=False)
 
-    #: Path of the tree's `alembic.ini`, or `builtin`. Default: `ALEMBIC_CONFIG`, then `./alembic.ini`.
+    #: The tree's `alembic.ini` or `pyproject.toml`, or `builtin`. Default: `ALEMBIC_CONFIG`, then either in `.`.
     alembic_config: str | None = None
+    #: Section of that file with the tree's options, as `alembic --name` has it. Default: `alembic`.
+    alembic_name: str | None = None
+    #: `key=value` pairs for env.py, as `alembic -x` has them, separated by blanks, quoted as for a shell.
+    alembic_x: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     #: Interpreter that has the tree's own Alembic and SQLAlchemy. Default: ours.
     alembic_python: str | None = None
     #: Version table of the tree, `schema.table` where it is not on the search path.
@@ -166,7 +179,7 @@ def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = Non
     needs = set(needs)
     values, faults = _read_all(os.environ if environment is None else environment)
     known = values.keys() | {name for name, _ in faults}
-    if "tree" in needs and "alembic_config" not in known and not DEFAULT_TREE.is_file():
+    if "tree" in needs and "alembic_config" not in known and not default_tree():
         faults.append(("alembic_config", NO_TREE))
     for need in SERVERS:
         if need in needs and f"{need}_url" not in known:
@@ -177,6 +190,23 @@ def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = Non
         raise SettingsError(told)
     faulty = {name for name, _ in faults}
     return Settings.model_validate({name: value for name, value in values.items() if name not in faulty})
+
+
+def default_tree() -> Path | None:
+    """The file in the working folder that Alembic takes by itself."""
+    return next((file for file in (INI, PYPROJECT) if has_tree(file)), None)
+
+
+def has_tree(file: Path) -> bool:
+    """Whether this is an ini file, or a pyproject.toml with a table `tool.alembic`."""
+    if not file.is_file():
+        return False
+    if file.name != PYPROJECT.name:
+        return True
+    try:
+        return "alembic" in tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
+    except (OSError, ValueError):
+        return False
 
 
 def fault_of(server: Need, environment: Mapping[str, str] | None = None) -> str:

@@ -25,7 +25,7 @@ from celery.worker import state
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 
-from bifrost_bootstrap import logs, redis_server, settings as environment, tree as trees
+from bifrost_bootstrap import logs, redis_server, settings as environment, tree_loading
 from bifrost_bootstrap.celery import WARM, add_queue, app
 from bifrost_bootstrap.decision import MESSAGE_TTL
 from bifrost_bootstrap.errors import BootstrapError
@@ -78,7 +78,7 @@ def choose_queues(**_facts: Any) -> None:
     warnings.simplefilter("ignore", CPendingDeprecationWarning)
     try:
         settings = environment.load(needs=("database", "redis", "rabbitmq"))
-        tree = trees.load(settings)
+        tree = tree_loading.load(settings)
     except BootstrapError as error:
         logger.error("%s", error)
         raise SystemExit(int(error.exit_code)) from None
@@ -89,7 +89,7 @@ def choose_queues(**_facts: Any) -> None:
         queues.select([name])
     else:
         queues.select_add(queue)
-    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.config, tree.why, name)
+    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.alembic.config, tree.why, name)
 
 
 #: Set while the worker has a connection to the broker: then its loop comes round, or it hangs.
@@ -187,7 +187,7 @@ class GuardStep(Timed):
         self.enabled = bool(self.settings.cache_guard_interval) and not self.settings.run_queue
 
     def start(self, worker: Any) -> None:
-        tree = trees.load(self.settings)
+        tree = tree_loading.load(self.settings)
         queue = tree.queue(self.settings.database.target)
 
         def rewarm() -> None:

@@ -25,7 +25,7 @@ def test_w14_upgrade_and_rollback_by_init(
     """Each image's init ends with 0, and the cache is that of the table which is there."""
     older = Tree(tmp_path / "older").revision("one")
     newer = older.copy(tmp_path / "newer").revision("two", NEW_AGE)
-    client = Redis.from_url(redis_url)
+    client = Redis.from_url(redis_url, decode_responses=True)
 
     def init(tree: Tree, **variables: str) -> dict[str, object]:
         env = {**bifrost_env, "BIFROST_ALEMBIC_CONFIG": str(tree.config), **variables}
@@ -40,8 +40,8 @@ def test_w14_upgrade_and_rollback_by_init(
 
     def cached() -> dict[str, bool]:
         """The paths of the index, and whether the entry of each lives for ever."""
-        index = client.smembers("bifrost:module:index")
-        return {bytes(path).decode(): client.ttl(b"bifrost:module:" + path) == -1 for path in index}  # type: ignore[union-attr]
+        index: set[str] = client.smembers("bifrost:module:index")  # type: ignore[assignment]
+        return {path: client.ttl(f"bifrost:module:{path}") == -1 for path in index}
 
     init(older)
     put("workspace_files", "old.py")

@@ -8,12 +8,12 @@ import pytest
 
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.schema import SchemaState, judge
-from bifrost_bootstrap.tree import Revision, Tree
+from bifrost_bootstrap.tree import Alembic, Revision, Tree
 
 
 def tree_of(*revisions: Revision) -> Tree:
     """A tree of these revisions."""
-    return Tree(Path("alembic.ini"), "", "", {one.revision: one for one in revisions})
+    return Tree(Alembic("python", Path(), Path("alembic.ini")), "", {one.revision: one for one in revisions})
 
 
 LINEAR = tree_of(Revision("1", "first"), Revision("2", "second", ("1",)))

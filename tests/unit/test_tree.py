@@ -6,16 +6,18 @@ import shutil
 import textwrap
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from bifrost_bootstrap import tree as trees
-from bifrost_bootstrap.errors import MigrationError, SettingsError
+from bifrost_bootstrap import tree_loading
+from bifrost_bootstrap.errors import MigrationError, SettingsError, TreeError
 from bifrost_bootstrap.settings import load as load_settings
-from bifrost_bootstrap.tree import BUILTIN, Revision, Tree
+from bifrost_bootstrap.tree import Alembic, Revision, Tree
+from bifrost_bootstrap.tree_loading import BUILTIN
 
 #: No such program: who needs the tree's Alembic fails, so what loads with it was read from the source.
 NO_PYTHON = "/nonexistent/python"
@@ -51,7 +53,7 @@ def revision(name: str, down: str = "None", *, doc: str = "", **more: str) -> st
 def load(config: Path | str, python: str | None = None) -> Tree:
     """Load the tree of this alembic.ini."""
     variables = {"BIFROST_ALEMBIC_CONFIG": str(config)} | ({"BIFROST_ALEMBIC_PYTHON": python} if python else {})
-    return trees.load(load_settings((), variables))
+    return tree_loading.load(load_settings((), variables))
 
 
 def in_alembics_eyes(config: Path) -> tuple[dict[str, Revision], tuple[str, ...]]:
@@ -113,6 +115,9 @@ PLAIN = {
     "files that are none": {
         "1.py": revision("1"),
         "__init__.py": "raise RuntimeError",
+        "__init__more.py": "raise RuntimeError",
+        "__0002_x.py": revision("2", "'1'"),
+        ".hidden.py": revision("h", "'2'"),
         ".#2.py": "an editor's lock",
         "notes.txt": "revision = 'x'",
         "README": "",
@@ -141,6 +146,20 @@ ODD = {
     "computed link": {"1.py": revision("1"), "2.py": "import os\nrevision = '2'\ndown_revision = os.sep and '1'\n"},
     "unpacked": {"1.py": "revision, down_revision = '1', None\n"},
     "conditional": {"1.py": "if True:\n    revision = '1'\n    down_revision = None\n"},
+    "assigned again in an if": {
+        "1.py": revision("1"),
+        "2.py": revision("2", "'1'"),
+        "3.py": revision("3", "'1'") + "if True:\n    down_revision = '2'\n",
+    },
+    "set unseen": {"1.py": revision("1"), "2.py": revision("2", "None") + "globals()['down_revision'] = '1'\n"},
+    "set by a function": {
+        "1.py": revision("1"),
+        "2.py": revision("2") + "def f():\n    global down_revision\n    down_revision = '1'\nf()\n",
+    },
+    "imported": {
+        "1.py": revision("1"),
+        "2.py": revision("2") + "from os import sep as down_revision\ndel down_revision\ndown_revision = '1'\n",
+    },
     "dependency by label": {
         "1.py": revision("1", branch_labels="'core'"),
         "2.py": revision("2", branch_labels="'other'", depends_on="'core'"),
@@ -202,11 +221,14 @@ def test_script_location_is_relative_to_the_configuration(
     ("files", "words"),
     [
         ({"1.py": "revision = '1'\ndown_revision = None\ndef upgrade(:\n"}, "invalid syntax"),
-        ({"1.py": "import nowhere_to_be_found\nrevision = 'a' + 'b'\ndown_revision = None\n"}, "nowhere_to_be_found"),
         ({"1.py": revision("1", "'gone'")}, "gone"),
         ({"1.py": revision("1", "'2'"), "2.py": revision("2", "'1'")}, "[Cc]ycle"),
         ({"1.py": revision("1", depends_on="'2'"), "2.py": revision("2", "'1'")}, "[Cc]ycle|[Ll]oop"),
         ({"helper.py": "VALUE = 1\n"}, "revision id"),
+        ({"1.py": "revision = '1'\n"}, "down_revision"),
+        ({"1.py": revision("1"), "__0001_x.py": revision("1")}, r"revision 1 is in two files: .*/(1|__0001_x)\.py and"),
+        ({"1.py": "revision = '1'.strip()\ndown_revision = None", "2.py": revision("1")}, "revision 1 is in two files"),
+        ({"1.py": revision("a-b")}, "not allowed in revision identifier"),
     ],
 )
 def test_broken_tree_is_told_in_alembics_words(files: dict[str, str], words: str, make_tree: MakeTree) -> None:
@@ -215,6 +237,13 @@ def test_broken_tree_is_told_in_alembics_words(files: dict[str, str], words: str
     with pytest.raises(MigrationError, match=words) as failed:
         load(config)
     assert str(config) in str(failed.value)
+
+
+def test_import_that_fails(make_tree: MakeTree) -> None:
+    """What a revision's file lacks is a matter of what the image holds."""
+    config = make_tree({"1.py": "import nowhere_to_be_found\nrevision = 'a' + 'b'\ndown_revision = None\n"})
+    with pytest.raises(TreeError, match=rf"{config} cannot be read: ModuleNotFoundError: .*nowhere_to_be_found"):
+        load(config)
 
 
 def test_configuration_without_its_section(tmp_path: Path) -> None:
@@ -247,19 +276,19 @@ def test_which_tree(make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.Mon
     """The named one, else Alembic's own variable, else the working folder's; `why` says which."""
     config = make_tree({"1.py": revision("1")})
     assert load("builtin").why == "BIFROST_ALEMBIC_CONFIG=builtin"
-    named = trees.load(load_settings((), {"ALEMBIC_CONFIG": str(config)}))
-    assert (named.config, named.heads) == (config, ("1",))
+    named = tree_loading.load(load_settings((), {"ALEMBIC_CONFIG": str(config)}))
+    assert (named.alembic.config, named.heads) == (config, ("1",))
     assert "ALEMBIC_CONFIG" in named.why
     monkeypatch.chdir(tmp_path)
-    found = trees.load(load_settings((), {}))
-    assert (found.config, found.why) == (config, "found in the working folder")
+    found = tree_loading.load(load_settings((), {}))
+    assert (found.alembic.config, found.why) == (config, "found in the working folder")
 
 
 def test_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any tree, and with a name that is no file, it is a fault of the configuration that says so."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match="BIFROST_ALEMBIC_CONFIG is not set, nor ALEMBIC_CONFIG"):
-        trees.load(load_settings((), {}))
+        tree_loading.load(load_settings((), {}))
     with pytest.raises(SettingsError, match=r"names gone\.ini, which is no file"):
         load("gone.ini")
 
@@ -269,7 +298,7 @@ def test_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tree_of(*revisions: Revision) -> Tree:
     """A tree of these revisions."""
-    return Tree(Path("alembic.ini"), "", "", {one.revision: one for one in revisions})
+    return Tree(Alembic("python", Path(), Path("alembic.ini")), "", {one.revision: one for one in revisions})
 
 
 DIAMOND = tree_of(
@@ -321,12 +350,23 @@ def test_forked(tree: Tree, forked: bool) -> None:
     assert tree.forked is forked
 
 
+def test_several_bases() -> None:
+    """A trunk without a label and a plugin with a base of its own are no fork; two heads of one base are."""
+    trunk = (Revision("1", ""), Revision("2", "", ("1",)))
+    plugin = Revision("p", "", depends_on=("2",), labels=("plugin",))
+    assert not tree_of(*trunk, plugin).forked
+    assert not tree_of(*trunk, Revision("p", "")).forked
+    assert tree_of(*trunk, plugin, Revision("3", "", ("1",))).forked
+
+
 def test_queue_stands_for_heads_and_target() -> None:
     """Workers of the same heads and database share a queue, of any other tree or database they do not."""
     same = tree_of(Revision("other way", ""), Revision("4", "", ("other way",)))
     assert DIAMOND.queue("h:5432/d") == same.queue("h:5432/d")
     assert DIAMOND.queue("h:5432/d") != DIAMOND.queue("h:5432/e")
     assert DIAMOND.queue("h:5432/d") != BRANCHES.queue("h:5432/d")
+    with_option = replace(DIAMOND, alembic=replace(DIAMOND.alembic, options=("-xtenant=acme",)))
+    assert DIAMOND.queue("h:5432/d") != with_option.queue("h:5432/d")
     assert DIAMOND.queue("h:5432/d").startswith("bifrost.bootstrap.")
 
 

@@ -17,7 +17,7 @@ import pytest
 import redis
 from kombu.asynchronous.timer import Timer
 
-from bifrost_bootstrap import cache_diff, guard as guards, lock, tree as trees
+from bifrost_bootstrap import cache_diff, guard as guards, lock, tree_loading
 from bifrost_bootstrap.cache_diff import CacheDiff, Comparison
 from bifrost_bootstrap.celery import WARM
 from bifrost_bootstrap.errors import UnavailableError
@@ -41,7 +41,7 @@ class Watch:
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.sent = 0
-        self.guard = Guard(deployment.settings, trees.load(deployment.settings), self._send)
+        self.guard = Guard(deployment.settings, tree_loading.load(deployment.settings), self._send)
 
     def _send(self) -> None:
         self.sent += 1
@@ -245,7 +245,7 @@ def test_w09_looks_one_after_the_other(watch: Watch) -> None:
         sending.set()
         go_on.wait(PATIENCE)
 
-    guard = Guard(deployment.settings, trees.load(deployment.settings), send)
+    guard = Guard(deployment.settings, tree_loading.load(deployment.settings), send)
     guard.start_look()
     assert sending.wait(PATIENCE)
     deployment.client.delete(TURN)
@@ -265,7 +265,7 @@ def test_w09_a_bug_ends_a_look_only(watch: Watch, caplog: pytest.LogCaptureFixtu
         raise RuntimeError("a bug")
 
     watch.deployment.client.flushdb()
-    guard = Guard(watch.deployment.settings, trees.load(watch.deployment.settings), send)
+    guard = Guard(watch.deployment.settings, tree_loading.load(watch.deployment.settings), send)
     guard.look()
     assert "guard: unexpected error" in caplog.text
 
@@ -314,7 +314,7 @@ def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch
 def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     """A server that cannot be reached ends a look, not the guard."""
     settings = watch.deployment.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
-    guard = Guard(settings, trees.load(settings), lambda: pytest.fail("sent without having looked"))
+    guard = Guard(settings, tree_loading.load(settings), lambda: pytest.fail("sent without having looked"))
     caplog.set_level("INFO")
     guard.look()
     assert "guard: Redis 127.0.0.1:1/0" in caplog.text

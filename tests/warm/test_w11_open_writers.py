@@ -10,7 +10,7 @@ from threading import Thread, Timer
 import psycopg
 import pytest
 
-from bifrost_bootstrap import module_source, readiness, tree
+from bifrost_bootstrap import module_source, readiness, tree_loading
 from bifrost_bootstrap.warm import COMPARING, SWITCHING
 from tests.warm.deployment import ENTRY, UPSERT, Deployment, at, sha256
 
@@ -103,7 +103,7 @@ def test_w11_last_look_of_init(stale: Deployment) -> None:
         connection.autocommit = False
         connection.execute(UPSERT, (PATH, "version = 2", sha256("version = 2")))
         timer = commit_later(connection)
-        found = readiness.look(settings, tree.load(settings), compare=30, await_open=True)
+        found = readiness.look(settings, tree_loading.load(settings), compare=30, await_open=True)
         timer.join()
     assert found.diff is not None
     assert found.diff.changed == [PATH.encode()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bifrost_bootstrap import readiness, tree
+from bifrost_bootstrap import readiness, tree_loading
 from bifrost_bootstrap.warm import READING
 from tests.warm.deployment import API_TTL, INDEX, Deployment, at
 
@@ -29,7 +29,7 @@ def test_w12_seen(deployment: Deployment) -> None:
     deployment.put({"a.py": "x"})
     deployment.warm()
     deployment.client.expire(INDEX, API_TTL)
-    found = readiness.look(deployment.settings, tree.load(deployment.settings), compare=30)
+    found = readiness.look(deployment.settings, tree_loading.load(deployment.settings), compare=30)
     assert found.ready
     assert not found.nothing_to_do
     assert found.diff is not None

@@ -1,0 +1,70 @@
+"""
+Find the tree of this deployment and read it, from its source or by asking its own Alembic in a process of its own.
+
+Nothing of the tree is run in this process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bifrost_bootstrap import child, settings as environment
+from bifrost_bootstrap.errors import MigrationError, SettingsError, TreeError
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import Alembic, Revision, Tree
+from bifrost_bootstrap.tree_source import read_source, script_location
+
+BUILTIN = Path(__file__).parent / "migrations" / "alembic.ini"
+
+
+def load(settings: Settings) -> Tree:
+    """
+    Find and read the tree.
+
+    Raises SettingsError where none is named or the file is not there, TreeError where its configuration or its own
+    code fails, MigrationError where its revisions do not fit together.
+    """
+    config, why = _find(settings)
+    section = settings.alembic_name or "alembic"
+    named = [f"--name={settings.alembic_name}"] if settings.alembic_name else []
+    options = (*named, *(f"-x{pair}" for pair in settings.alembic_x))
+    folder = _working_folder(config, section)
+    alembic = Alembic(settings.alembic_python or sys.executable, folder, config, options)
+    # A pyproject.toml in the working folder has a say in what the ini leaves out.
+    revisions = None if environment.has_tree(folder / environment.PYPROJECT) else read_source(alembic, section)
+    if revisions is None:
+        revisions = _described(alembic)
+    return Tree(alembic, why, {revision.revision: revision for revision in revisions})
+
+
+def _find(settings: Settings) -> tuple[Path, str]:
+    named = settings.alembic_config
+    if named == "builtin":
+        return BUILTIN, "BIFROST_ALEMBIC_CONFIG=builtin"
+    # Not resolved: `%(here)s` is the folder of the link, as for Alembic.
+    if named and Path(named).is_file():
+        return Path(named).absolute(), "BIFROST_ALEMBIC_CONFIG or ALEMBIC_CONFIG names it"
+    if named:
+        raise SettingsError([f"BIFROST_ALEMBIC_CONFIG names {named}, which is no file"])
+    if found := environment.default_tree():
+        return found.absolute(), "found in the working folder"
+    raise SettingsError([environment.NO_TREE])
+
+
+def _working_folder(config: Path, section: str) -> Path:
+    """Where Alembic runs: in ours, as if it were typed there; in that of the ini file where only there the tree is."""
+    location = script_location(config, section)
+    folders = (Path.cwd(), config.parent)
+    return next((folder for folder in folders if (folder / location / "env.py").is_file()), Path.cwd())
+
+
+def _described(alembic: Alembic) -> list[Revision]:
+    answer = child.ask(alembic, {"mode": "describe"})
+    if "revisions" not in answer:
+        message = f"{alembic.config} cannot be read: {answer['message']}"
+        raise TreeError(message) if answer.get("by_tree") else MigrationError("", "", "", message, "", [])
+    return [
+        Revision(item["revision"], item["title"], *(tuple(item[key]) for key in ("down", "depends_on", "labels")))
+        for item in answer["revisions"]
+    ]

@@ -1,0 +1,133 @@
+"""
+The revisions of a plainly written tree, read from its source.
+
+Importing Alembic costs more than a whole `init` with nothing to do. Where anything is not plain (a value that is
+computed or assigned twice, several version locations, two files of one id), there is no answer here, and Alembic is
+asked.
+"""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from bifrost_bootstrap.tree import Alembic, Revision, in_order
+
+#: What Alembic reads of a revision's file.
+VARIABLES = ("revision", "down_revision", "depends_on", "branch_labels")
+#: Calls by which a file may set its variables unseen.
+DYNAMIC = {"globals", "vars", "locals", "exec", "eval", "setattr"}
+#: Options of the configuration with which the revisions are not simply the files of `versions`.
+UNUSUAL = {"version_locations", "recursive_version_locations", "sourceless"}
+#: Files of `versions` that Alembic does not take for revisions begin with one of these.
+NO_REVISION = (".#", "__init__")
+
+
+def read_source(alembic: Alembic, section: str) -> list[Revision] | None:
+    """
+    The revisions of the tree whose options stand in this section of its ini file.
+
+    None where only Alembic itself can tell, also what is wrong with the tree.
+    """
+    location = script_location(alembic.config, section)
+    versions = alembic.folder / location / "versions" if location else None
+    if versions is None or not versions.is_dir():
+        return None
+    files = [file for file in sorted(versions.glob("*.py")) if not file.name.startswith(NO_REVISION)]
+    revisions: dict[str, Revision] = {}
+    for file in files:
+        revision = _read_revision(file)
+        if revision is None or revision.revision in revisions:
+            return None
+        revisions[revision.revision] = revision
+    labels = [label for revision in revisions.values() for label in revision.labels]
+    named = {name for revision in revisions.values() for name in (*revision.down, *revision.depends_on)}
+    plain = named <= revisions.keys() and len({*labels, *revisions}) == len(labels) + len(revisions)
+    # What goes in a circle can never be applied; Alembic has the words for it.
+    applicable = in_order(revisions, set())
+    return list(revisions.values()) if plain and len(applicable) == len(revisions) else None
+
+
+def script_location(config: Path, section: str) -> str:
+    """The script location of an ini file; "" where it is no ini file, or not plain."""
+    # RawConfigParser and not Alembic's interpolation: of the values only `%(here)s` is read here.
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read_string(config.read_text(encoding="utf-8"))
+        options = dict(parser[section])
+    except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
+        return ""
+    location = options.get("script_location", "").replace("%(here)s", str(config.parent))
+    unusual = ":" in location or "%" in location or UNUSUAL & options.keys()
+    return "" if unusual else location
+
+
+def _read_revision(file: Path) -> Revision | None:
+    try:
+        module = ast.parse(file.read_bytes())
+        values = _values(module)
+        revision, down, depends_on, labels = (_names(values.get(name)) for name in VARIABLES)
+    except (OSError, RecursionError, SyntaxError, TypeError, ValueError):
+        return None
+    # In other ids there may be characters that Alembic refuses.
+    if len(revision) != 1 or "down_revision" not in values or not re.fullmatch(r"\w+", revision[0]):
+        return None
+    return Revision(revision[0], first_line(ast.get_docstring(module) or ""), down, depends_on, labels)
+
+
+def _values(module: ast.Module) -> dict[str, object]:
+    """The variables that are assigned once, plainly, in the module itself. Raises ValueError where one is not."""
+    values: dict[str, object] = {}
+    for node in module.body:
+        if isinstance(node, ast.Assign):
+            targets: list[ast.expr] = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        else:
+            continue
+        for target in targets:
+            if isinstance(target, ast.Name) and target.id in VARIABLES and node.value:
+                values[target.id] = ast.literal_eval(node.value)
+    if _bindings(module) != Counter(values.keys()):
+        raise ValueError("a variable is set in another way than by one assignment")
+    return values
+
+
+def _bindings(module: ast.Module) -> Counter[str]:
+    """How often each of the variables is set, in whatever way. Raises ValueError where that cannot be seen."""
+    found: Counter[str] = Counter()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Name) and node.id in DYNAMIC:
+            raise ValueError("variables may be set unseen")
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            raise ValueError("variables may be imported unseen")
+        reads = isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if not reads and not isinstance(node, ast.Constant | ast.keyword | ast.arg):
+            found.update(name for name in _identifiers(node) if name in (*VARIABLES, "__doc__"))
+    return found
+
+
+def _identifiers(node: ast.AST) -> Iterable[str]:
+    for _, value in ast.iter_fields(node):
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                yield item
+
+
+def first_line(text: str) -> str:
+    """The first line that says something; "" without one."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise TypeError
