@@ -78,6 +78,10 @@ NEEDS_TRANSACTION = re.compile(rf"{GAP}*(?:begin|start{GAP}+transaction|savepoin
 END_ALONE = re.compile(
     rf"{GAP}*(?:(?P<commit>commit|end)|rollback|abort)(?:{GAP}+(?:work|transaction))?{GAP}*;?{GAP}*$", re.IGNORECASE
 )
+#: What changes something, as env.py may do each time before it looks.
+WRITES = re.compile(
+    rf"{GAP}*(?:create|alter|drop|grant|revoke|comment|insert|update|delete|truncate|do)\b", re.IGNORECASE
+)
 #: What the server takes before any query of a transaction only.
 SETS_TRANSACTION = re.compile(
     rf"{GAP}*set{GAP}+(?:(?:local|session){GAP}+)?transaction(?:_isolation|_read_only|_deferrable)?\b", re.IGNORECASE
@@ -467,18 +471,24 @@ class Runner:
         assert context.connection is not None
         if where := self.guard.foreign(context.connection):
             raise Refused("wrong_database", migrated=where)
-        schema, table = context.version_table_schema, context.version_table
-        read_schema, _, read_table = self.version_table.rpartition(".")
-        # Where the tree leaves the schema to its search path, only the result can tell.
-        read_schema = read_schema or (where_found(context.connection, read_table) if schema else "")
-        if read_table != table or (schema and read_schema != schema):
-            raise Refused("version_table", written=f"{schema}.{table}" if schema else table)
+        if self.version_table:
+            self.want_version_table(context)
         steps = list(self.script._upgrade_revs("heads", heads))
         self.events.send("plan", revisions=[describe(step.revision) for step in steps])
         context.on_version_apply_callbacks += (self.on_applied,)
         for step in steps:
             step.migration_fn = self.announced(step, step.migration_fn, context.connection)
         return steps
+
+    def want_version_table(self, context: MigrationContext) -> None:
+        """Raise unless the tree keeps its version where we look."""
+        schema, table = context.version_table_schema, context.version_table
+        assert context.connection is not None
+        read_schema, _, read_table = self.version_table.rpartition(".")
+        # Where the tree leaves the schema to its search path, only the result can tell.
+        read_schema = read_schema or (where_found(context.connection, read_table) if schema else "")
+        if read_table != table or (schema and read_schema != schema):
+            raise Refused("version_table", written=f"{schema}.{table}" if schema else table)
 
     def announced(self, step: Any, migrate: Callable[..., Any], connection: Connection) -> Callable[..., Any]:
         def migrate_announced(**arguments: Any) -> None:
@@ -510,6 +520,35 @@ def where_found(connection: Connection, table: str) -> str:
         f" WHERE c.oid = to_regclass({name})), current_schema())::text",
     )
     return found[0] or ""
+
+
+def version_tables(config: Config, script: ScriptDirectory) -> list[str]:
+    """Where env.py keeps its versions, `schema.table` each: run as by `alembic current`, and nothing is written."""
+    from alembic.runtime.environment import EnvironmentContext
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def without_writing(
+        _connection: Any, _cursor: Any, statement: str, parameters: Any, *_more: Any
+    ) -> tuple[str, Any]:
+        # What env.py makes before it looks, in a transaction that may only read.
+        return ("SELECT 1", ()) if WRITES.match(statement) else (statement, parameters)
+
+    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY"))
+    event.listen(Engine, "before_cursor_execute", without_writing, retval=True)
+    found: list[str] = []
+
+    def note(_heads: Any, context: MigrationContext) -> Any:
+        assert context.connection is not None
+        table = context.version_table
+        # A search path may lead to a schema that is still to be made.
+        schema = context.version_table_schema or where_found(context.connection, table) or "(no schema)"
+        found.append(f"{schema}.{table}")
+        return ()
+
+    with EnvironmentContext(config, script, fn=note, dont_mutate=True):
+        script.run_env()
+    return found
 
 
 def pending_sql(config: Config, script: ScriptDirectory, heads: list[str]) -> str:
@@ -649,7 +688,10 @@ def main() -> NoReturn:
             script = ScriptDirectory.from_config(config)
             if request["mode"] == "describe":
                 want_each_once(script)
-                events.send("tree", revisions=[describe(revision) for revision in script.walk_revisions()])
+                revisions = [describe(revision) for revision in script.walk_revisions()]
+                events.send("tree", revisions=revisions, env=str(script.env_py_location))
+            elif request["mode"] == "tables":
+                events.send("tables", tables=version_tables(config, script))
             elif request["mode"] == "sql":
                 events.send("sql", sql=pending_sql(config, script, request["heads"]))
             else:

@@ -64,7 +64,8 @@ def upgrade(
     """
     request = {
         "mode": "upgrade",
-        "version_table": settings.alembic_version_table,
+        # Where it has several, they are read when it is done.
+        "version_table": "" if tree.several else settings.alembic_version_table,
         "lock_timeout_ms": round(settings.migration_lock_timeout * 1000),
         "tag": lock.TAG,
         "leftover": LEFTOVER,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from bifrost_bootstrap import postgres
-from bifrost_bootstrap.errors import SchemaError
+from bifrost_bootstrap.errors import SchemaError, TreeError, VersionTableError
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Revision, Tree
+from bifrost_bootstrap.tree_loading import version_tables
 from bifrost_bootstrap.urls import PostgresUrl
 
 
@@ -45,7 +47,8 @@ class SchemaState:
                 return SchemaError(
                     self.verdict,
                     f"the database is at {unknown}, which this image does not have; it knows up to {heads}",
-                    "deploy the image that has it; for a rollback that keeps the schema set BIFROST_ALLOW_AHEAD=1",
+                    "deploy the image that has it; for a rollback that keeps the schema set BIFROST_ALLOW_AHEAD=1; "
+                    "where another application recorded it, name the tree's own table in BIFROST_ALEMBIC_VERSION_TABLE",
                 )
             case "several_heads":
                 return SchemaError(
@@ -75,7 +78,32 @@ def judge(tree: Tree, database_heads: Iterable[str], *, allow_ahead: bool) -> Sc
 
 
 def look(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
-    """One read: where the database stands. Raises UnavailableError, RefusedError."""
+    """
+    One read: where the database stands. Of a tree with several version tables: the first that is not at head.
+
+    Raises UnavailableError, RefusedError; VersionTableError where the table that is read is not the tree's; of a tree
+    with several version tables TreeError.
+    """
+    table = settings.alembic_version_table
+    state = _read(url, tree, settings, table)
+    if state.verdict == "unknown_revision":
+        # Perhaps another application's. Where the tree cannot tell, the revision is what there is to be told.
+        with suppress(TreeError):
+            written = version_tables(tree.alembic, url.as_written)
+            if written and not any(_same_table(table, one) for one in written):
+                raise VersionTableError(table, written[0])
+    elif state.ready and tree.several:
+        states = (_read(url, tree, settings, one) for one in version_tables(tree.alembic, url.as_written))
+        return next((one for one in states if not one.ready), state)
+    return state
+
+
+def _read(url: PostgresUrl, tree: Tree, settings: Settings, table: str) -> SchemaState:
     with postgres.connect(url, "schema", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
-        heads = postgres.database_heads(connection, settings.alembic_version_table)
+        heads = postgres.database_heads(connection, table)
     return judge(tree, heads, allow_ahead=settings.allow_ahead)
+
+
+def _same_table(configured: str, written: str) -> bool:
+    """Whether `table` or `schema.table` may mean this `schema.table`."""
+    return f".{written}".endswith(f".{configured}")

@@ -49,12 +49,14 @@ class Tree:
     """
     A script directory. `why` says why this one was chosen.
 
-    revisions: by id; empty where the directory holds none.
+    revisions: by id; empty where the directory holds none. several: env.py may run them for several schemas or version
+    tables.
     """
 
     alembic: Alembic
     why: str
     revisions: Mapping[str, Revision]
+    several: bool = False
 
     @cached_property
     def heads(self) -> tuple[str, ...]:

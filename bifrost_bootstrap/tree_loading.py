@@ -11,10 +11,14 @@ from pathlib import Path
 
 from bifrost_bootstrap import child, settings as environment
 from bifrost_bootstrap.errors import MigrationError, SettingsError, TreeError
+from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Alembic, Revision, Tree
-from bifrost_bootstrap.tree_source import read_source, script_location
+from bifrost_bootstrap.tree_source import read_source, script_location, visits_several
 
+#: What stands for the schema of a version table where the search path leads to none yet (`alembic_child.py`).
+NOWHERE = "(no schema)"
+_VERSION_TABLES: dict[tuple[Alembic, str], tuple[str, ...]] = {}
 BUILTIN = Path(__file__).parent / "migrations" / "alembic.ini"
 
 
@@ -33,9 +37,10 @@ def load(settings: Settings) -> Tree:
     alembic = Alembic(settings.alembic_python or sys.executable, folder, config, options)
     # A pyproject.toml in the working folder has a say in what the ini leaves out.
     revisions = None if environment.has_tree(folder / environment.PYPROJECT) else read_source(alembic, section)
+    env = folder / script_location(config, section) / "env.py"
     if revisions is None:
-        revisions = _described(alembic)
-    return Tree(alembic, why, {revision.revision: revision for revision in revisions})
+        revisions, env = _described(alembic)
+    return Tree(alembic, why, {revision.revision: revision for revision in revisions}, visits_several(env))
 
 
 def _find(settings: Settings) -> tuple[Path, str]:
@@ -59,12 +64,34 @@ def _working_folder(config: Path, section: str) -> Path:
     return next((folder for folder in folders if (folder / location / "env.py").is_file()), Path.cwd())
 
 
-def _described(alembic: Alembic) -> list[Revision]:
+def _described(alembic: Alembic) -> tuple[list[Revision], Path]:
+    """The revisions, and where env.py is."""
     answer = child.ask(alembic, {"mode": "describe"})
     if "revisions" not in answer:
         message = f"{alembic.config} cannot be read: {answer['message']}"
         raise TreeError(message) if answer.get("by_tree") else MigrationError("", "", "", message, "", [])
-    return [
+    revisions = [
         Revision(item["revision"], item["title"], *(tuple(item[key]) for key in ("down", "depends_on", "labels")))
         for item in answer["revisions"]
     ]
+    return revisions, alembic.folder / answer["env"]
+
+
+def version_tables(alembic: Alembic, url: str) -> tuple[str, ...]:
+    """
+    Where env.py keeps its versions in the database of this URL, `schema.table` each, in its order.
+
+    Asked of env.py as `alembic current` asks it, with nothing written; once in a process, when all of them have a
+    schema. url: as the operator wrote it.
+
+    Raises TreeError where env.py fails, SettingsError where its interpreter does not start.
+    """
+    if known := _VERSION_TABLES.get((alembic, url)):
+        return known
+    answer = child.ask(alembic, {"mode": "tables"}, BIFROST_DATABASE_URL=url, DATABASE_URL=url)
+    if "tables" not in answer:
+        raise TreeError(masked(answer["message"]))
+    tables = tuple(dict.fromkeys(answer["tables"]))
+    if not any(table.startswith(NOWHERE) for table in tables):
+        _VERSION_TABLES[alembic, url] = tables
+    return tables

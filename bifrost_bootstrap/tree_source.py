@@ -12,7 +12,7 @@ import ast
 import configparser
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bifrost_bootstrap.tree import Alembic, Revision, in_order
@@ -23,6 +23,18 @@ VARIABLES = ("revision", "down_revision", "depends_on", "branch_labels")
 DYNAMIC = {"globals", "vars", "locals", "exec", "eval", "setattr"}
 #: Options of the configuration with which the revisions are not simply the files of `versions`.
 UNUSUAL = {"version_locations", "recursive_version_locations", "sourceless"}
+#: What runs its body more than once; and what runs a function, or a coroutine, that it is given, once.
+REPEATS = (
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.comprehension,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
+RUNNERS = {"run", "run_sync", "run_until_complete"}
 #: Files of `versions` that Alembic does not take for revisions begin with one of these.
 NO_REVISION = (".#", "__init__")
 
@@ -116,6 +128,52 @@ def _identifiers(node: ast.AST) -> Iterable[str]:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str):
                 yield item
+
+
+def visits_several(env: Path) -> bool:
+    """
+    Whether this env.py may run the revisions more than once, for several schemas or version tables.
+
+    False only where it is seen that it does not: each function on the way to `run_migrations` is named once, where
+    it is called or given to a runner of coroutines, and not in a loop.
+    """
+    try:
+        module = ast.parse(env.read_bytes())
+    except (OSError, RecursionError, SyntaxError, ValueError):
+        return True
+    if any(isinstance(node, ast.Constant) and "search_path" in str(node.value) for node in ast.walk(module)):
+        return True
+    functions = {
+        node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    rest, seen = ["run_migrations"], set[str]()
+    while rest:
+        name = rest.pop()
+        uses = _uses(module, name, functions)
+        # Offline and online each have one.
+        if not uses or len(uses) > (2 if name == "run_migrations" else 1) or not all(plain for plain, _ in uses):
+            return True
+        seen.add(name)
+        rest += [user for _, user in uses if user and user not in seen]
+    return False
+
+
+def _uses(module: ast.Module, name: str, functions: Mapping[str, ast.AST]) -> list[tuple[bool, str]]:
+    """Where a name is used: whether plainly, and in which function ("" in none)."""
+    within = {id(inner): key for key, function in functions.items() for inner in ast.walk(function)}
+    repeated = {id(inner) for node in ast.walk(module) if isinstance(node, REPEATS) for inner in ast.walk(node)}
+    once: set[int] = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call):
+            once.add(id(node.func))
+            if isinstance(node.func, ast.Attribute) and node.func.attr in RUNNERS:
+                once.update(id(argument) for argument in node.args)
+    return [
+        (id(node) in once - repeated, within.get(id(node), ""))
+        for node in ast.walk(module)
+        if (isinstance(node, ast.Name) and node.id == name)
+        or (isinstance(node, ast.Attribute) and node.attr == name and name not in functions)
+    ]
 
 
 def first_line(text: str) -> str:
