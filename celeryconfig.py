@@ -54,7 +54,8 @@ result_backend_transport_options = {
 # A connection that went silent must not block a task or a poll for the default two minutes.
 redis_socket_timeout = redis_socket_connect_timeout = 5.0
 redis_retry_on_timeout = True
-redis_socket_keepalive = True
+# A Unix socket has none.
+redis_socket_keepalive = not result_backend.startswith("redis+socket:")
 # A result is stored once Redis is back, however long that takes; otherwise it is lost with the outage.
 result_backend_always_retry = True
 # Seconds that `celery result` and Flower can show a result.

@@ -18,8 +18,8 @@ and begins with a comment (`tag`), by which the next holder finds it. With async
 their own (`run_loose`), which is tied to the lock like the others, but waits for tables as long as it takes.
 
 A revision may end its transaction itself (`op.execute("COMMIT")`). SQLAlchemy does not notice, and what follows would
-have no lock. The rest of such a revision is treated like an `autocommit_block` (`leave_transaction`), its version is
-recorded at once, and the next revision begins in a transaction again (`rejoin`).
+have no lock. The rest of such a revision gets a transaction of its own, but for statements that cannot be in one
+(`choose_transaction`), its version is recorded with it, and the next revision begins in another (`begin_next`).
 """
 
 from __future__ import annotations
@@ -66,14 +66,16 @@ CONCURRENT_INDEX = re.compile(
         (?P<index>{NAME}){GAP}*\bon\b{GAP}*(?:only\b{GAP}*)?(?P<table>(?:{NAME}\.)?{NAME})""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
-#: What is not run in a transaction of ours: what makes one, and what the server would log as an error.
-ALONE = re.compile(
-    rf"{GAP}*(?:(?:begin|start|commit|end|rollback|vacuum)\b|(?:create|drop|reindex)\b.*\bconcurrently\b)",
+#: What cannot be run in a transaction, or may end it from within.
+NO_TRANSACTION = re.compile(
+    rf"{GAP}*(?:(?:vacuum|call|alter{GAP}+system|(?:create|drop){GAP}+(?:database|tablespace))\b"
+    r"|(?:create|drop|reindex|refresh|alter)\b.*\bconcurrently\b|do\b.*\b(?:commit|rollback)\b)",
     re.IGNORECASE | re.DOTALL,
 )
-#: What ends a transaction by hand, also among other statements; and what needs one around it.
+#: What makes a transaction or ends it.
+CONTROL = re.compile(rf"{GAP}*(?:begin|start|commit|end|rollback|abort)\b", re.IGNORECASE)
+#: What ends a transaction by hand, also among other statements.
 ENDS_TRANSACTION = re.compile(r"\b(?:commit|end|rollback|abort)\b", re.IGNORECASE)
-NEEDS_TRANSACTION = re.compile(rf"{GAP}*(?:begin|start{GAP}+transaction|savepoint)\b", re.IGNORECASE)
 #: A statement that does nothing else than end a transaction.
 END_ALONE = re.compile(
     rf"{GAP}*(?:(?P<commit>commit|end)|rollback|abort)(?:{GAP}+(?:work|transaction))?{GAP}*;?{GAP}*$", re.IGNORECASE
@@ -86,9 +88,9 @@ WRITES = re.compile(
 SETS_TRANSACTION = re.compile(
     rf"{GAP}*set{GAP}+(?:(?:local|session){GAP}+)?transaction(?:_isolation|_read_only|_deferrable)?\b", re.IGNORECASE
 )
-#: Keys in a connection's `info`: the tree has ended its transaction by hand; the transaction has seen no statement of
-#: the tree yet; it has seen only such as `SETS_TRANSACTION`, and bears no lock yet.
-LEFT, FRESH, UNBOUND = "bifrost_left_transaction", "bifrost_fresh_transaction", "bifrost_unbound_transaction"
+#: Keys in a connection's `info`: the tree has ended its transaction by hand in this revision; the transaction has seen
+#: no statement of the tree yet; it has seen only such as `SETS_TRANSACTION`, and bears no lock yet.
+ENDED, FRESH, UNBOUND = "bifrost_ended_transaction", "bifrost_fresh_transaction", "bifrost_unbound_transaction"
 #: By which the server refuses a statement that must have no transaction around it, a procedure that commits too.
 NEEDS_NO_TRANSACTION = ("25001", "2D000")
 
@@ -181,7 +183,7 @@ class Guard:
             parameters.setdefault("prepared_statement_name_func", lambda: f"bifrost_{uuid.uuid4().hex}")
 
     def on_begin(self, connection: Connection) -> None:
-        if connection.info.pop(LEFT, False):
+        if connection.info.pop(ENDED, False):
             connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
         if self.foreign(connection) is not None or autocommits(connection):
             return
@@ -208,9 +210,10 @@ class Guard:
         if self.foreign(connection) is not None:
             return statement, parameters
         if not autocommits(connection) and not in_transaction(connection):
-            self.leave_transaction(connection)
-        if connection.info.get(LEFT) and NEEDS_TRANSACTION.match(statement):
-            self.rejoin(connection)
+            forget_transaction(connection)
+            connection.info[ENDED] = True
+        if connection.info.get(ENDED):
+            self.choose_transaction(connection, statement)
         if not autocommits(connection):
             self.before_statement(connection, statement)
             if ENDS_TRANSACTION.search(statement):
@@ -244,31 +247,26 @@ class Guard:
             connection.connection.dbapi_connection.rollback()  # type: ignore[union-attr]
             connection.info[UNBOUND] = True
 
-    def leave_transaction(self, connection: Connection) -> None:
-        """
-        The tree has ended the transaction by hand: let the rest of the revision run without one.
-
-        psycopg would begin another, which bears no lock and lets no concurrent index build be run. With psycopg2 and
-        asyncpg each statement is on its own already, and so are those of the revisions that follow.
-        """
-        connection.info[LEFT] = True
+    def choose_transaction(self, connection: Connection, statement: str) -> None:
+        """Behind an end by hand: one transaction for what can be in one, and none for what cannot."""
         session: Any = connection.connection.dbapi_connection
-        if connection.dialect.driver == "asyncpg":
-            # Both still believe in the transaction, and would make a savepoint of the next one. (Not by its own commit:
-            # behind a pooler that would reach another session.)
-            session._transaction = None
-            if hasattr(session, "_started"):  # SQLAlchemy 2.0
-                session._started = False
-            session._connection._top_xact = None
-        elif connection.dialect.driver == "psycopg2":
-            # It believes in the transaction too. The server answers with a warning, and changes nothing.
-            session.commit()
-        session.autocommit = True
+        if NO_TRANSACTION.match(statement):
+            if in_transaction(connection):
+                self.prove(connection)
+                session.commit()
+            session.autocommit = True
+        elif session.autocommit or not in_transaction(connection):
+            session.autocommit = False
+            self.join_lock(connection)
 
-    def rejoin(self, connection: Connection) -> None:
-        """Begin a transaction where SQLAlchemy believes in one that the tree has ended by hand; else do nothing."""
-        if connection.info.pop(LEFT, False):
-            connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
+    def begin_next(self, connection: Connection) -> None:
+        """A revision begins: where the last one ended the transaction by hand, record that one and begin another."""
+        if connection.info.pop(ENDED, False):
+            session: Any = connection.connection.dbapi_connection
+            if in_transaction(connection):
+                self.prove(connection)
+                session.commit()
+            session.autocommit = False
             self.join_lock(connection)
 
     def run_loose(self, method: str, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
@@ -307,7 +305,7 @@ class Guard:
             if not await driver.fetchval(self.proof):
                 raise Refused("lock_lost")
 
-        if not ALONE.match(statement):
+        if not (CONTROL.match(statement) or NO_TRANSACTION.match(statement)):
             try:
                 loose.run_async(in_one_session)
             except Exception as error:
@@ -377,6 +375,20 @@ def in_transaction(connection: Connection) -> bool:
     info = getattr(driver, "info", None)
     # 0 is libpq's PQTRANS_IDLE.
     return info is None or int(info.transaction_status) != 0
+
+
+def forget_transaction(connection: Connection) -> None:
+    """Where the driver still believes in a transaction that was ended by hand, have it begin another."""
+    session: Any = connection.connection.dbapi_connection
+    if connection.dialect.driver == "asyncpg":
+        # Not by its own commit: behind a pooler that would reach another session.
+        session._transaction = None
+        if hasattr(session, "_started"):  # SQLAlchemy 2.0
+            session._started = False
+        session._connection._top_xact = None
+    elif connection.dialect.driver == "psycopg2":
+        # The server answers with a warning, and changes nothing.
+        session.commit()
 
 
 def loose_asyncpg(connection: Connection) -> Any:
@@ -495,8 +507,7 @@ class Runner:
             self.revision, self.title, self.applied = step.revision.revision, first_line(step.revision.doc), False
             self.events.send("begin", **describe(step.revision))
             self.began = time.monotonic()
-            # Where one transaction holds all revisions, and the last revision has ended it by hand.
-            self.guard.rejoin(connection)
+            self.guard.begin_next(connection)
             migrate(**arguments)
 
         return migrate_announced

@@ -14,7 +14,7 @@ import redis
 
 from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.redaction import masked
-from bifrost_bootstrap.urls import TLS_SCHEMES
+from bifrost_bootstrap.urls import TLS_SCHEMES, parse_redis
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,12 @@ def connect(url: str, *, answer_timeout: float = ANSWER_TIMEOUT) -> Iterator[red
 
     answer_timeout: seconds. Nothing is retried here: the callers know what may be done twice.
     """
-    url = url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
+    url = parse_redis(url)
+    # A Unix socket has neither.
+    tcp = {} if url.startswith("unix:") else {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
     client = redis.Redis.from_url(
-        url, socket_connect_timeout=CONNECT_TIMEOUT, socket_timeout=answer_timeout, socket_keepalive=True,
-        client_name="bifrost-bootstrap", retry=None,
-    )  # fmt: skip
+        url, socket_timeout=answer_timeout, client_name="bifrost-bootstrap", retry=None, **tcp
+    )
     try:
         with translated(url):
             yield client
@@ -145,7 +146,7 @@ def room_for_writing(client: redis.Redis, url: str) -> int | None:
 
 def celery_url(url: str) -> str:
     """The same server in the form that Celery's result backend reads."""
-    url = url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
+    url = parse_redis(url)
     if url.startswith("unix://"):
         address, _, query = url.removeprefix("unix://").partition("?")
         return f"redis+socket://{address}?{query.replace('db=', 'virtual_host=')}"

@@ -11,16 +11,15 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from bifrost_bootstrap.errors import SettingsError
-from bifrost_bootstrap.redaction import remember_environment, remember_secret
-from bifrost_bootstrap.urls import AMQPS_FILES, TLS_SCHEMES, PostgresUrl, parse_postgres, several
+from bifrost_bootstrap.redaction import remember_environment
+from bifrost_bootstrap.urls import PostgresUrl, parse_broker, parse_postgres, parse_redis
 
 PREFIX = "BIFROST_"
 #: Variables that serve without the prefix where the prefixed one is absent.
@@ -59,34 +58,6 @@ def duration(value: object) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
-def _server_url(*schemes: str) -> Any:
-    def parse(value: object) -> object:
-        for url in several(str(value)):
-            _check_url(url, schemes)
-        return str(value)
-
-    return BeforeValidator(parse)
-
-
-def _check_url(url: str, schemes: tuple[str, ...]) -> None:
-    scheme = found[1] if (found := re.match(r"([\w+.-]+)://", url)) else ""
-    if scheme not in schemes:
-        raise ValueError(f"is no URL of this kind (scheme {scheme!r}; wanted {', '.join(schemes)})")
-    try:
-        parts = urlsplit(url)
-        # A "/", "?" or "#" that is not escaped ends the address in the middle of the password.
-        if parts.port == 0 or "@" in parts.path or parts.fragment:
-            raise ValueError
-    except ValueError:
-        raise ValueError("is no well-formed URL; in a password write / as %2F, ? as %3F and # as %23") from None
-    remember_secret(parts.password or "")
-    about_tls = {key for key, _ in parse_qsl(parts.query) if key.startswith("ssl_")}
-    if about_tls and scheme not in TLS_SCHEMES:
-        raise ValueError(f"has {', '.join(sorted(about_tls))}, but {scheme}:// is not encrypted; write {scheme}s://")
-    if scheme == "amqps" and (unknown := about_tls - AMQPS_FILES.keys()):
-        raise ValueError(f"has {', '.join(sorted(unknown))}; amqps:// knows {', '.join(AMQPS_FILES)}")
-
-
 def _postgres_url(value: object) -> object:
     return parse_postgres(value) if isinstance(value, str) else value
 
@@ -95,11 +66,21 @@ def _words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
 
 
+def _kept(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Checks a URL, which stays as it was written."""
+
+    def check(url: str) -> str:
+        parse(url)
+        return url
+
+    return check
+
+
 Duration = Annotated[float, BeforeValidator(duration), Field(ge=0)]
 DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(_postgres_url), PlainSerializer(str)]
-RedisUrl = Annotated[str, _server_url("redis", "rediss", "unix", "valkey", "valkeys")]
+RedisUrl = Annotated[str, AfterValidator(_kept(parse_redis))]
 #: redis:// is what `--embedded` uses; RabbitMQ is what is supported.
-BrokerUrl = Annotated[str, _server_url("amqp", "amqps", "pyamqp", "redis", "rediss", "redis+socket")]
+BrokerUrl = Annotated[str, AfterValidator(_kept(parse_broker))]
 
 
 class Settings(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -29,9 +30,22 @@ _URL = re.compile(
     re.DOTALL,
 )
 #: Schemes of Redis and broker whose connections are encrypted.
-TLS_SCHEMES = frozenset({"amqps", "rediss", "valkeys"})
+TLS_SCHEMES = frozenset({"amqps", "rediss"})
 #: Files that the query of an amqps:// URL may name, in the words of rediss://, and what py-amqp calls them.
 AMQPS_FILES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile"}
+#: Other words of a broker's URL. Of heartbeats that client and server want the smaller counts, and ours is small.
+AMQP_WORDS = {"heartbeat": r"\d+", "login_method": r"\w+"}
+#: Words of a Redis URL that redis-py and Celery take in the same way, and what each may be.
+REDIS_WORDS = {
+    **dict.fromkeys(("username", "password", "client_name"), ".*"),
+    **dict.fromkeys(("db", "max_connections", "health_check_interval"), r"\d+"),
+    **dict.fromkeys(("socket_timeout", "socket_connect_timeout"), r"\d+(\.\d+)?"),
+    **dict.fromkeys(("socket_keepalive", "retry_on_timeout", "ssl_check_hostname"), r"(?i)true|false|yes|no|[01]"),
+    **dict.fromkeys(("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"), ".+"),
+    "ssl_cert_reqs": r"(?i)(CERT_)?(none|optional|required)",
+}
+#: Words of these that a connection by a Unix socket has no use for, and that end its client.
+TCP_WORDS = frozenset({"socket_keepalive", "socket_connect_timeout"})
 _SCHEME = re.compile(r"[\w+.-]+://")
 _HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
 _STRAY_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -131,6 +145,72 @@ def _as_url(parameters: dict[str, str]) -> str:
     return f"postgresql://{user}{'@' if user else ''}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(rest)}"
 
 
+def parse_redis(text: str) -> str:
+    """
+    A Redis URL as redis-py and Celery both read it: `valkey` is `redis`, TLS words are in redis-py's spelling.
+
+    Raises ValueError with a text that names the fault and never the value.
+    """
+    parts = urlsplit(_well_formed(text, "redis", "rediss", "unix", "valkey", "valkeys"))
+    scheme = parts.scheme.replace("valkey", "redis")
+    words = dict(_known_words(parts.query, REDIS_WORDS, scheme))
+    if "ssl_cert_reqs" in words:
+        words["ssl_cert_reqs"] = words["ssl_cert_reqs"].lower().removeprefix("cert_")
+    if scheme == "unix":
+        words = {key: value for key, value in words.items() if key not in TCP_WORDS}
+    elif not re.fullmatch(r"(/\d*)?", parts.path):
+        raise ValueError("names a database after the address that is no number")
+    return parts._replace(scheme=scheme, query=urlencode(words)).geturl()
+
+
+def parse_broker(text: str) -> str:
+    """
+    One URL of RabbitMQ, or several with semicolons between them, or one of Redis, in the form that Celery reads.
+
+    Raises ValueError with a text that names the fault and never the value.
+    """
+    return ";".join(_parse_broker(url) for url in several(text))
+
+
+def _parse_broker(text: str) -> str:
+    if text.startswith("redis"):
+        return text if text.startswith("redis+socket") else parse_redis(text)
+    parts = urlsplit(_well_formed(text, "amqp", "amqps", "pyamqp"))
+    words = _known_words(parts.query, dict.fromkeys(AMQPS_FILES, ".+") | AMQP_WORDS, parts.scheme)
+    return parts._replace(query=urlencode([pair for pair in words if pair[0] != "heartbeat"])).geturl()
+
+
+def _well_formed(text: str, *schemes: str) -> str:
+    """The URL. Raises ValueError where it is none, or of another scheme than these."""
+    scheme = found[1] if (found := re.match(r"([\w+.-]+)://", text)) else ""
+    if scheme not in schemes:
+        raise ValueError(f"is no URL of this kind (scheme {scheme!r}; wanted {', '.join(schemes)})")
+    try:
+        parts = urlsplit(text)
+        # A "/", "?" or "#" that is not escaped ends the address in the middle of the password.
+        if parts.port == 0 or "@" in parts.path or parts.fragment:
+            raise ValueError
+    except ValueError:
+        raise ValueError("is no well-formed URL; in a password write / as %2F, ? as %3F and # as %23") from None
+    remember_secret(parts.password or "")
+    return text
+
+
+def _known_words(query: str, known: Mapping[str, str], scheme: str) -> list[tuple[str, str]]:
+    """The words of a query. Raises ValueError where one is not known, or has a value that it cannot have."""
+    words = parse_qsl(query, keep_blank_values=True)
+    for key, value in words:
+        if key in {"password", "ssl_password"}:
+            remember_secret(value)
+        if key.startswith("ssl_") and scheme not in TLS_SCHEMES:
+            raise ValueError(f"has {key}, but {scheme}:// is not encrypted; write {scheme}s://")
+        if key not in known:
+            raise ValueError(f"has {key}; {scheme}:// knows {', '.join(known)}")
+        if not re.fullmatch(known[key], value):
+            raise ValueError(f"has a value of {key} that cannot be")
+    return words
+
+
 def several(url: str) -> list[str]:
     """Celery takes several brokers in turn, separated by semicolons."""
     return re.split(r";(?=\w+://)", url)
@@ -146,6 +226,7 @@ def amqp_tls(url: str) -> tuple[str, dict[str, object]]:
     """
     import ssl
 
+    url = parse_broker(url)
     first = urlsplit(several(url)[0])
     if first.scheme != "amqps":
         return url, {}

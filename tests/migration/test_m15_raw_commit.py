@@ -182,3 +182,31 @@ def test_m15_rollback_of_earlier_revisions(database: Database, tree: Tree, start
     failed = outcome(start(start_migrate, tree))
     assert failed.code == 1
     assert database.execute("SELECT to_regclass('applied'), to_regclass('kinds')") == [(None, None)]
+
+
+def test_m15_killed_in_the_rest_of_the_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """What follows the raw COMMIT in its revision is all or nothing, with the version."""
+    rest = 'op.execute("CREATE TABLE once (id int)")\n    ' + barrier()
+    tree.revision("commits", ADD_VALUE + "    " + rest)
+    with Barrier(database) as stop:
+        step = start(start_migrate, tree)
+        stop.reached()
+        step.kill()
+    assert database.execute("SELECT to_regclass('once')") == [(None,)]
+    done = outcome(start(start_migrate, tree))
+    assert (done.code, done.applied) == (0, ["commits"]), done.facts
+    assert database.execute("SELECT kind::text FROM kinds") == [("system",)]
+
+
+def test_m15_index_between_two_statements(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A concurrent build behind the raw COMMIT, and transactions before and after it."""
+    body = ADD_VALUE + (
+        "    op.execute('CREATE INDEX CONCURRENTLY ix ON applied (revision)')\n"
+        "    op.execute('CREATE TABLE after (id int)')\n    op.execute('SELECT 1 / 0')"
+    )
+    tree.revision("commits", body)
+    failed = outcome(start(start_migrate, tree))
+    assert failed.code == 1
+    assert index_states(database) == {"ix": True}
+    assert database.execute("SELECT to_regclass('after')") == [(None,)]
+    assert database.execute("SELECT kind::text FROM kinds") == [("system",)]

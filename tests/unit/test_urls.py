@@ -203,7 +203,11 @@ def test_a_broker_without_tls_is_left_alone(url: str) -> None:
     [
         ("amqps://u:p%40@h:5671/v", "amqps://u:p%40@h:5671/v", {}),
         ("amqps://h//?ssl_ca_certs=/a%20b.pem", "amqps://h//", {"ca_certs": "/a b.pem"}),
-        ("amqps://h//?heartbeat=5&ssl_ca_certs=/ca", "amqps://h//?heartbeat=5", {"ca_certs": "/ca"}),
+        (
+            "amqps://h//?heartbeat=5&login_method=PLAIN&ssl_ca_certs=/ca",
+            "amqps://h//?login_method=PLAIN",
+            {"ca_certs": "/ca"},
+        ),
         ("amqps://h//?ssl_certfile=/c&ssl_keyfile=/k", "amqps://h//", {"certfile": "/c", "keyfile": "/k"}),
         ("amqps://h//?ssl_ca_certs=/ca;amqps://i//?ssl_ca_certs=/ca", "amqps://h//;amqps://i//", {"ca_certs": "/ca"}),
     ],

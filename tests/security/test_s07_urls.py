@@ -1,0 +1,96 @@
+"""S7: every form of URL that the settings accept connects; any other word is 78, named, and without its value."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bifrost_bootstrap.errors import SettingsError
+from bifrost_bootstrap.settings import load
+from bifrost_bootstrap.urls import REDIS_WORDS
+from tests.conftest import RunBootstrap, RunCommand, StartServer
+from tests.servers import RedisServer, RunFolder
+from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
+
+CELERY = (sys.executable, "-m", "celery", "-A", "bifrost_bootstrap")
+#: What each word may be, in a URL that connects.
+VALUES = {
+    "db": "3", "max_connections": "20", "health_check_interval": "5", "socket_timeout": "5", "client_name": "me@home",
+    "socket_connect_timeout": "2.5", "socket_keepalive": "yes", "retry_on_timeout": "true",
+}  # fmt: skip
+
+
+def assert_works(run_bootstrap: RunBootstrap, run_command: RunCommand, env: dict[str, str]) -> None:
+    """init, check, plan and a call by Celery's own command all take the URL."""
+    for arguments in (["init", "--with-worker"], ["check"], ["plan"]):
+        done = run_bootstrap(*arguments, "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["exit_code"] == 0
+    called = run_command([*CELERY, "call", "bifrost.bootstrap.warm_module_cache"], env=env)
+    assert called.returncode == 0, called.stderr
+
+
+def test_s07_unix_socket(
+    run_folder: RunFolder,
+    start_server: StartServer,
+    run_bootstrap: RunBootstrap,
+    run_command: RunCommand,
+    bifrost_env: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """Redis by its socket, with a database and with words for TCP that mean nothing there."""
+    socket = run_folder.root / "data" / f"{run_folder.name('s07')}.sock"
+    start_server(RedisServer(run_folder, {"unixsocket": str(socket), "unixsocketperm": "777"}))
+    url = f"unix://:{PLANTED_PASSWORD_QUOTED}@{socket}?db=2&socket_keepalive=true"
+    assert_works(run_bootstrap, run_command, bifrost_env | {"BIFROST_REDIS_URL": url})
+
+
+def test_s07_words_of_redis(
+    redis_url: str, run_bootstrap: RunBootstrap, run_command: RunCommand, bifrost_env: dict[str, str]
+) -> None:
+    """All words that are known, at once, and in the query in place of the address."""
+    words = "&".join(f"{key}={value}" for key, value in VALUES.items() if key != "db")
+    tls = {key for key in REDIS_WORDS if key.startswith("ssl_")}
+    assert VALUES.keys() | tls | {"username", "password"} == REDIS_WORDS.keys()
+    assert_works(run_bootstrap, run_command, bifrost_env | {"BIFROST_REDIS_URL": f"{redis_url}?{words}"})
+
+
+def test_s07_words_of_rabbitmq(
+    rabbitmq_url: str, run_bootstrap: RunBootstrap, run_command: RunCommand, bifrost_env: dict[str, str]
+) -> None:
+    """A heartbeat, as other clients of the same URL want it, and the way to log in."""
+    env = bifrost_env | {"BIFROST_RABBITMQ_URL": f"{rabbitmq_url}?heartbeat=60&login_method=PLAIN"}
+    assert_works(run_bootstrap, run_command, env)
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "words"),
+    [
+        ("REDIS", "redis://h/0?decode_responses=hidden", "decode_responses"),
+        ("REDIS", "redis://h/0?ssl=hidden", "ssl"),
+        ("REDIS", "redis://h/0?timeout=hidden", "timeout"),
+        ("REDIS", "redis://h/0?protocol=3", "protocol"),
+        ("REDIS", "redis://h/hidden", "database"),
+        ("REDIS", "redis://h/0/1", "database"),
+        ("REDIS", "redis://h?db=hidden", "db"),
+        ("REDIS", "redis://h?socket_timeout=hidden", "socket_timeout"),
+        ("REDIS", "rediss://h?ssl_cert_reqs=hidden", "ssl_cert_reqs"),
+        ("REDIS", "unix:///run/s?ssl_ca_certs=/hidden", "ssl_ca_certs"),
+        ("RABBITMQ", "amqp://h//?blocked_connection_timeout=300", "blocked_connection_timeout"),
+        ("RABBITMQ", "amqp://h//?connection_attempts=3", "connection_attempts"),
+        ("RABBITMQ", "amqp://h//?heartbeat=hidden", "heartbeat"),
+        ("RABBITMQ", "amqp://h//;amqp://i//?frame_max=1", "frame_max"),
+        ("RABBITMQ", "redis://h/hidden", "database"),
+        ("DATABASE", "postgresql://h/d?colour=hidden", "colour"),
+    ],
+)
+def test_s07_other_words_are_refused(variable: str, url: str, words: str) -> None:
+    """The variable and the word are named, the value is not."""
+    with pytest.raises(SettingsError) as refused:
+        load({variable.lower()}, {f"BIFROST_{variable}_URL": url})  # type: ignore[arg-type]
+    assert f"BIFROST_{variable}_URL" in str(refused.value)
+    assert words in str(refused.value)
+    assert "hidden" not in str(refused.value)
