@@ -470,6 +470,7 @@ class Runner:
         self.guard = Guard(request, events)
         self.revision = self.title = ""
         self.applied = False
+        self.failure: BaseException | None = None
 
     def upgrade(self) -> None:
         from alembic.runtime.environment import EnvironmentContext
@@ -477,6 +478,9 @@ class Runner:
         self.guard.listen()
         with EnvironmentContext(self.config, self.script, fn=self.steps, destination_rev="heads"):
             self.script.run_env()
+        if self.failure:
+            # env.py has caught it, and ended as if nothing were.
+            raise self.failure
 
     def steps(self, heads: Any, context: MigrationContext) -> Any:
         """Alembic calls this with the live context, after env.py has configured it, before the first revision."""
@@ -508,7 +512,11 @@ class Runner:
             self.events.send("begin", **describe(step.revision))
             self.began = time.monotonic()
             self.guard.begin_next(connection)
-            migrate(**arguments)
+            try:
+                migrate(**arguments)
+            except Exception as error:
+                self.failure = error
+                raise
 
         return migrate_announced
 

@@ -34,8 +34,9 @@ _LOCK_TIMEOUT, _NO_RIGHT = "55P03", "42501"
 #: SQLSTATEs of a login that is refused: password, role, database.
 _REFUSED = ("28", "3D000")
 #: SQLSTATEs after which the same revision may succeed: deadlock, serialization, a statement that asyncpg prepared on
-#: another connection of a pooler (26000), and the classes of connection errors, shutdown and lack of resources.
-_TRANSIENT = ("40P01", "40001", "26000", "08", "57P", "53")
+#: another connection of a pooler (26000), a server that is a standby for now (25006), and the classes of connection
+#: errors, shutdown and lack of resources.
+_TRANSIENT = ("40P01", "40001", "26000", "25006", "08", "57P", "53")
 #: Seconds that one wait for a lock must have lasted, at least, before the deadline ends it: work has short ones too.
 SHORTEST_BLOCK = 5.0
 

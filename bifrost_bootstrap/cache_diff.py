@@ -103,6 +103,12 @@ class CacheDiff:
         return ", ".join(parts) or "no difference"
 
 
+#: For the transaction: rows that a policy would hide are an error, and a role's limit is not meant for a warm.
+_FOR_ALL_ROWS: LiteralString = (
+    "SELECT set_config('row_security', 'off', true), set_config('statement_timeout', '0', true)"
+)
+
+
 class Snapshot:
     """The rows of a source as they stood at one moment. `heads`: the revisions that the database recorded then."""
 
@@ -174,6 +180,7 @@ class RowReader:
     def snapshot(self) -> Iterator[Snapshot]:
         """A read-only transaction in which every query sees the same rows."""
         with self._connection.transaction():
+            self._connection.execute(_FOR_ALL_ROWS)
             yield Snapshot(self._connection, self.source, self._version_table)
 
     def open_writers(self) -> frozenset[OpenWriter]:

@@ -14,6 +14,7 @@ from typing import Any
 from celery import Celery
 from celery.loaders.app import AppLoader
 from kombu import Exchange, Queue
+from kombu.exceptions import OperationalError
 
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.errors import SettingsError
@@ -25,6 +26,10 @@ WARM = "bifrost.bootstrap.warm_module_cache"
 #: Seconds after which the broker drops the queue of a tree that has no worker any more. Part of the queue's name:
 #: never change it under the same prefix.
 QUEUE_EXPIRES = 3600.0
+
+#: Reply codes by which RabbitMQ refuses a right, a queue that was declared otherwise, a login or a virtual host. The
+#: last two also stand for a limit that is reached, which passes.
+_REFUSALS = (403, 406, 530)
 
 
 class PlacedLoader(AppLoader):  # type: ignore[misc]
@@ -53,3 +58,15 @@ def add_queue(name: str) -> Queue:
     queue = Queue(name, exchange, routing_key=name, durable=True, expires=QUEUE_EXPIRES)
     app.amqp.queues.add(queue)
     return queue
+
+
+def described() -> str:
+    """The broker in words, without user and password."""
+    connection = app.connection_for_write()
+    return f"RabbitMQ {connection.hostname}:{connection.port or 5672}/{(connection.virtual_host or '/').lstrip('/')}"
+
+
+def refuses(error: BaseException) -> bool:
+    """Whether RabbitMQ refuses us for a reason that an operator has to mend, and not for a limit that is reached."""
+    cause = error.__cause__ if isinstance(error, OperationalError) else error
+    return getattr(cause, "code", None) in _REFUSALS and "limit" not in str(error)

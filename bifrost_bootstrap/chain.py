@@ -6,18 +6,27 @@ import json
 import ssl
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 from celery import chain
-from kombu.exceptions import OperationalError
 
-from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
+from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app, described, refuses
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
-from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, rebuild
+from bifrost_bootstrap.errors import (
+    NO_TLS_FILE,
+    BootstrapError,
+    CertificateError,
+    InternalError,
+    RefusedError,
+    TimeLimitError,
+    UnavailableError,
+    rebuild,
+    tells_of_server,
+)
 from bifrost_bootstrap.progress import WANTED_HEADER, Progress, held_key, progress_key, wanted_key
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.tree import QUEUE
@@ -35,8 +44,10 @@ WANTED_TTL = 30
 #: just before the task's deadline, starts the tree's process (3 s on a busy machine), and waits for a table lock as
 #: long as any. Of a short deadline only a share.
 TASK_HEAD_START, HEAD_START_SHARE = 4.0, 0.2
-#: Words by which RabbitMQ refuses a login, a virtual host, a right, or a queue that was declared otherwise.
-_REFUSALS = ("ACCESS_REFUSED", "NOT_ALLOWED", "PRECONDITION_FAILED")
+#: Routing key of a message that no queue is to get.
+PROBE = f"{QUEUE}.nobody"
+#: What a broker says that does not take a message, in more words than the library has.
+_NACKED = "it did not take the message; look for a policy with max-length and reject-publish"
 
 
 @dataclass(frozen=True)
@@ -64,13 +75,18 @@ def _broker_errors(server: str) -> Iterator[None]:
     connection = app.connection_for_write()
     try:
         yield
-    except (OperationalError, *connection.connection_errors, *connection.channel_errors, RuntimeError) as error:
-        text = masked(str(error).strip() or type(error).__name__)
+    except Exception as error:
+        known = (*connection.connection_errors, *connection.channel_errors, RuntimeError)
+        if not (isinstance(error, known) or tells_of_server(type(error).__module__)):
+            raise
+        text = (
+            _NACKED if type(error).__name__ == "MessageNacked" else masked(str(error).strip() or type(error).__name__)
+        )
         if isinstance(error, ssl.SSLCertVerificationError):
             raise CertificateError(server, text) from error
         if isinstance(error, FileNotFoundError):
             raise CertificateError(server, NO_TLS_FILE) from error
-        if any(word in text for word in _REFUSALS):
+        if refuses(error):
             raise RefusedError(server, text) from error
         raise UnavailableError(server, text) from error
 
@@ -120,18 +136,19 @@ def want(client: redis.Redis, sent: SentChain, deadline: Deadline, lock_timeout:
     client.set(wanted_key(sent.first), max(0.0, deadline.remaining - head_start), ex=WANTED_TTL)
 
 
-def described() -> str:
-    """The broker in words, without user and password."""
-    connection = app.connection_for_write()
-    return f"RabbitMQ {connection.hostname}:{connection.port or 5672}/{(connection.virtual_host or '/').lstrip('/')}"
+def queue_state(queue: str, *, room_for: int = 0) -> QueueState:
+    """
+    Who consumes the queue, of a broker that takes messages. A queue that nobody declared has nobody.
 
-
-def queue_state(queue: str) -> QueueState:
-    """Who consumes the queue. Raises UnavailableError, RefusedError. A queue that nobody declared has nobody."""
-    with _broker_errors(described()), app.connection_for_write() as connection:
+    room_for: so many more connections must be possible. Raises UnavailableError, RefusedError.
+    """
+    with _broker_errors(described()), app.connection_for_write() as connection, ExitStack() as stack:
         connection.connect()
         if connection.transport.driver_type != "amqp":
             return QueueState(None, None)
+        for _ in range(room_for):
+            stack.enter_context(app.connection_for_write()).connect()
+        _publish_to_nobody(connection)
         try:
             _, messages, consumers = connection.default_channel.queue_declare(queue, passive=True)
         except connection.channel_errors as error:
@@ -141,12 +158,34 @@ def queue_state(queue: str) -> QueueState:
         return QueueState(messages, consumers)
 
 
-def prove_rights() -> None:
-    """Declare the exchanges that a worker needs, as it will itself. Raises UnavailableError, RefusedError."""
+def _publish_to_nobody(connection: Any) -> None:
+    """
+    Publish a message that no queue gets: a broker with an alarm says so only to who has published.
+
+    It takes the first message of each connection and answers nothing after that, so whoever goes on trying fills the
+    queue. After this an answer of it, or none, is an error at once.
+    """
+
+    def on_blocked(_reason: str) -> None:
+        # Without a farewell, for which it would wait too.
+        connection.connection.collect()
+        raise RuntimeError("it blocks publishers (connection.blocked): it is low on memory or disk")
+
+    connection.connection.on_blocked = on_blocked
+    channel = connection.default_channel
+    exchange = app.amqp.queues[QUEUE].exchange(channel)
+    exchange.declare()
+    channel.basic_publish(channel.prepare_message(b""), exchange.name, PROBE)
+
+
+def prove_rights(queue: str) -> None:
+    """Declare what a worker of this queue needs, as it will itself. Raises UnavailableError, RefusedError."""
+    add_queue(queue)
     with _broker_errors(described()), app.connection_for_write() as connection:
         connection.connect()
-        for exchange in (app.amqp.queues[QUEUE].exchange, app.control.mailbox.exchange):
-            exchange(connection.default_channel).declare()
+        app.control.mailbox.exchange(connection.default_channel).declare()
+        for name in (QUEUE, queue):
+            app.amqp.queues[name](connection.default_channel).declare()
 
 
 def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:
@@ -168,10 +207,14 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
     if status in ("FAILURE", "REVOKED") and isinstance(result, dict):
         name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
         arguments = arguments if isinstance(arguments, list) else [arguments]
-        error = rebuild(name, arguments)
+        error = (
+            TimeLimitError("--time-limit or task_time_limit")
+            if name == "TimeLimitExceeded"
+            else rebuild(name, arguments)
+        )
         if name in _LOST:
             return TaskState(status, lost=_LOST[name])
-        if isinstance(error, UnavailableError) or name in _UNDONE:
+        if isinstance(error, UnavailableError) or name in _UNDONE or _tells_of_server(result, error):
             return TaskState(status, undone=_UNDONE.get(name, str(error)))
         return TaskState(status, error=error)
     return TaskState(
@@ -180,6 +223,10 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
         _progress(progress),
         result=result if status == "SUCCESS" and isinstance(result, dict) else {},
     )
+
+
+def _tells_of_server(result: dict[str, Any], error: BootstrapError) -> bool:
+    return isinstance(error, InternalError) and tells_of_server(result.get("exc_module") or "")
 
 
 def _json_object(stored: bytes | None) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from bifrost_bootstrap import report, settings as environment
-from bifrost_bootstrap.errors import BootstrapError, ExitCode, InternalError
+from bifrost_bootstrap.errors import BootstrapError, ExitCode, unexpected
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.summary import Summary
 
@@ -129,8 +129,8 @@ def run_command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], 
         message = f"ended by {signalled.code.name}{'; ' if on_signal else ''}{on_signal}"
         outcome = Outcome(signalled.code, facts={"message": on_signal}, message=message)
     except Exception as error:
-        bug = InternalError(masked(f"{type(error).__name__}: {error}"))
-        outcome = Outcome(bug.exit_code, facts=report.error_facts(bug), message=f"{bug}; {bug.remedy}")
+        told = unexpected(error, masked(f"{type(error).__name__}: {error}"))
+        outcome = Outcome(told.exit_code, facts=report.error_facts(told), message=f"{told}; {told.remedy}")
         logger.exception("unexpected error")
     _print(name, as_json, outcome)
     _tell_kubernetes(name, outcome)

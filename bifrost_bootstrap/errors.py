@@ -25,6 +25,7 @@ Every error of this program, with the exit code it ends in.
     ├── ShrinkError                2  a warm would remove most of the cache
     ├── MigrateGivenUpError        1  the migrate was lost with its worker every time
     │   └── WarmGivenUpError       2  the warm was
+    ├── TimeLimitError            78  a time limit of the worker ended a task
     └── InternalError             70  a bug in this program
 
 An error crosses Celery's JSON result as class name and `args`, so its facts are its positional arguments and
@@ -317,6 +318,15 @@ class WarmGivenUpError(MigrateGivenUpError):
     text = "warm was given up after {attempts} attempts: {reason}"
 
 
+class TimeLimitError(BootstrapError):
+    """A worker was started with a time limit of its own, which a task ran into. limit: its option and setting."""
+
+    exit_code = ExitCode.CONFIGURATION
+    facts = ("limit",)
+    text = "a time limit of the worker ended the task: {limit}"
+    advice = "start the worker without one: the deadline of init bounds what waits, and a migration takes its time"
+
+
 class InternalError(BootstrapError):
     """A bug in this program. what: was raised."""
 
@@ -324,6 +334,22 @@ class InternalError(BootstrapError):
     facts = ("what",)
     text = "unexpected error: {what}"
     advice = "this is a bug in bifrost_bootstrap: report it with the log"
+
+
+#: Libraries whose exceptions tell what a server answered, or that a line broke; none of them is a bug of ours.
+_SERVER_LIBRARIES = ("amqp", "billiard", "celery", "kombu", "psycopg", "redis")
+
+
+def tells_of_server(module: str) -> bool:
+    """Whether exceptions of this module are a server's answer or a broken line."""
+    return module.partition(".")[0] in _SERVER_LIBRARIES
+
+
+def unexpected(error: BaseException, words: str) -> BootstrapError:
+    """What an exception that nobody translated ends in. words: class and message, without secrets."""
+    if tells_of_server(type(error).__module__) or isinstance(error, ConnectionError | TimeoutError):
+        return UnavailableError("a server", words)
+    return InternalError(words)
 
 
 def rebuild(name: str, args: Sequence[Any]) -> BootstrapError:

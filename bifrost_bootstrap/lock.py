@@ -208,6 +208,9 @@ def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -
     with postgres.connect(url, "migration-lock", autocommit=False) as connection:
         # Whatever the role's default: in REPEATABLE READ an idle transaction would hold a snapshot.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+        if postgres.scalar(connection, "SELECT pg_is_in_recovery()"):
+            raise UnavailableError(str(url), "it is a standby, in recovery, until it is promoted")
+        connection.rollback()
         _take(connection, deadline, say)
         lock = MigrationLock(url, connection)
         _end_earlier_runner(lock, deadline, say)

@@ -14,6 +14,7 @@ from bifrost_bootstrap.errors import (
     BootstrapError,
     BusyError,
     MigrateGivenUpError,
+    MigrationError,
     OwnProcessError,
     RefusedError,
     SettingsError,
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 #: Pauses between two attempts, seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
+#: What is said of a revision that has run and is not in the version table.
+_UNRECORDED = (
+    "it ran without an error, and its version was not recorded: the revision, or env.py, ends the transaction itself, "
+    "for instance by connection.commit()"
+)
 #: How often in a row the tree's process may end without a word: by a signal, for want of memory.
 MOST_DEATHS = 3
 
@@ -83,7 +89,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
                 state = schema.look(url, tree, settings)
                 if not state.ready and not state.refusal():
                     alembic_run.upgrade(settings, tree, held, deadline, applied, report)
-                    _look_at_result(settings, tree)
+                    _look_at_result(settings, tree, applied)
         except OwnProcessError as died:
             error: BootstrapError = died
             deaths += 1
@@ -104,7 +110,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
             raise error
 
 
-def _look_at_result(settings: Settings, tree: Tree) -> None:
+def _look_at_result(settings: Settings, tree: Tree, applied: list[Applied]) -> None:
     """After an upgrade without an error: is it recorded where we read, and did it leave something broken?"""
     url, table = settings.migration_database, settings.alembic_version_table
     state = schema.look(url, tree, settings)
@@ -112,6 +118,10 @@ def _look_at_result(settings: Settings, tree: Tree) -> None:
         if not state.ready and not state.refusal():
             if written := postgres.other_table(connection, table):
                 raise VersionTableError(table, written)
+            recorded = tree.upto(state.database_heads)
+            for one in applied:
+                if one.revision not in recorded:
+                    raise MigrationError(one.revision, one.title, "", _UNRECORDED, "", sorted(recorded))
             fault = f"BIFROST_ALEMBIC_VERSION_TABLE: {table} is not at head after an upgrade without an error"
             raise SettingsError([f"{fault}; env.py of the tree runs no revisions, or records them elsewhere"])
         for index, repair in postgres.invalid_indexes(connection).items():

@@ -8,7 +8,7 @@ from bifrost_bootstrap import chain, lock, postgres, readiness, redis_server
 from bifrost_bootstrap.chain import QueueState, SentChain
 from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
 from bifrost_bootstrap.decision import Observation, TaskState
-from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
+from bifrost_bootstrap.errors import BootstrapError, CertificateError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.readiness import Readiness
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -18,6 +18,8 @@ from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 TRUTH_PAUSE = 2.0
 #: The same while one of them is away, so that its return is seen at once.
 AWAY_PAUSE = 0.5
+#: Seconds in which a worker of ours has begun on a chain, and the connections to the broker that it has then.
+WORKER_START, WORKER_CONNECTIONS = 5.0, 3
 #: Among the servers that are away: one that a chain could not be sent over. Only sending one ends that, and so it keeps
 #: nobody from trying.
 SENDING = "the chain"
@@ -129,7 +131,14 @@ class Observer:
         """Why waiting cannot help: no migration leads to this tree's head, or a server goes on refusing us."""
         if self.truth and (refusal := self.truth.schema.refusal()):
             return refusal
-        return next((self.away[what] for what, patience in self._refused.items() if patience.passed), None)
+        return next(
+            (
+                self.away[what]
+                for what, patience in self._refused.items()
+                if patience.passed or isinstance(self.away[what], CertificateError)
+            ),
+            None,
+        )
 
     def _look_at_states(self) -> None:
         if self._sent is None:
@@ -170,7 +179,9 @@ class Observer:
             self._holder = str(lock.holder(connection) or "")
 
     def _look_at_queue(self) -> None:
-        self._queue_state = chain.queue_state(self._queue)
+        # A worker of ours that does not begin may lack connections, of which only its log tells.
+        late = self._own_worker and self._sent and not self._taken and self._sent_at.elapsed > WORKER_START
+        self._queue_state = chain.queue_state(self._queue, room_for=WORKER_CONNECTIONS if late else 0)
         # Once taken, ours is none of those that wait.
         if self._queue_state.messages and not self._taken:
             self._last_sign = Deadline(0)

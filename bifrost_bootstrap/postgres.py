@@ -32,8 +32,12 @@ KEEPALIVES = {
 #: Text is sent to us as it is in Redis, whatever the encoding of the database.
 ENCODING = {"client_encoding": "UTF8"}
 #: Words by which servers and poolers refuse a login; libpq gives no SQLSTATE for it.
-REFUSALS = ("authentication failed", "no password supplied", "does not exist", "no such database", "no such user",
-            "no pg_hba.conf entry", "not permitted", "permission denied")  # fmt: skip
+REFUSALS = (
+    "authentication failed", "auth failed", "no password supplied", "does not exist", "no such database",
+    "no such user", "no pg_hba.conf entry", "pg_hba.conf rejects", "not permitted", "permission denied",
+    "not currently accepting", "does not support SSL", "invalid sslmode", "unsupported startup parameter",
+    "bouncer config error",
+)  # fmt: skip
 
 
 class NoAnswer(psycopg.OperationalError):
@@ -117,11 +121,12 @@ def translated(url: PostgresUrl) -> Iterator[None]:
 def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> RefusedError | UnavailableError:
     # libpq prefixes each line with the address; the last line is the one that counts, but for what libpq asks us.
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("?")]
-    text = masked(lines[-1] if lines else type(error).__name__)
+    refusing = next((line for line in lines if any(word in line for word in REFUSALS)), "")
+    text = masked(refusing or (lines[-1] if lines else type(error).__name__))
     if error.sqlstate is None and "certificate" in str(error):
         # libpq's advice is its last line, and says less.
         return CertificateError(str(url), next((masked(line) for line in lines if "certificate" in line), text))
-    if error.sqlstate is None and any(word in text for word in REFUSALS):
+    if error.sqlstate is None and refusing:
         return RefusedError(str(url), text)
     return UnavailableError(str(url), text)
 

@@ -48,7 +48,8 @@ def masked(text: str) -> str:
     # The secrets first: a password with an "@" in it would be cut in two by the other.
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    text = re.sub(r"(?<=://)([^:/@\s'\"]*):[^@\s'\"]*@", r"\1:***@", text)
+    # Of bounded length: text of nothing but "://" would take minutes.
+    text = re.sub(r"(?<=://)([^:/@\s'\"]*):[^@\s'\"]{0,1000}@", r"\1:***@", text)
     return _without_parts(text) if _parts else text
 
 

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 #: Seconds for one connection attempt, and for one answer; the longest of ours is the switch of a large change.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 30.0
 
+#: Words by which it refuses a login, or a database that it does not have; no class of the library's tells them apart.
+_REFUSALS = ("DENIED ", "DB index is out of range", "without any password")
+#: Words by which it says that it will answer later: a long script of somebody else's, a replica that synchronises.
+_PASSING = ("BUSY ", "MASTERDOWN ", "TRYAGAIN ")
 _IS_CLUSTER = "is a Redis Cluster; the switch needs one server (or Sentinel's primary)"
 #: What one says to whoever takes it for a single server.
 _CLUSTER_ERRORS = (
@@ -48,9 +52,7 @@ def connect(url: str, *, answer_timeout: float = ANSWER_TIMEOUT) -> Iterator[red
     url = parse_redis(url)
     # A Unix socket has neither.
     tcp = {} if url.startswith("unix:") else {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
-    client = redis.Redis.from_url(
-        url, socket_timeout=answer_timeout, client_name="bifrost-bootstrap", retry=None, **tcp
-    )
+    client = redis.Redis.from_url(url, socket_timeout=answer_timeout, retry=None, **tcp)
     try:
         with translated(url):
             yield client
@@ -79,6 +81,10 @@ def translated(url: str) -> Iterator[None]:
             raise CertificateError(server, NO_TLS_FILE) from error
         raise UnavailableError(server, masked(str(error))) from error
     except redis.ResponseError as error:
+        if any(word in str(error) for word in _REFUSALS):
+            raise RefusedError(server, masked(str(error))) from error
+        if str(error).startswith(_PASSING):
+            raise UnavailableError(server, masked(str(error))) from error
         # Redis 6.2 says what a script met in the middle of other words.
         if isinstance(error, redis.exceptions.ReadOnlyError) or "-READONLY " in str(error):
             raise WarmError(f"{server} is a read-only replica; BIFROST_REDIS_URL must name the primary") from error

@@ -10,11 +10,12 @@ from threading import Event, Thread
 from typing import Any
 
 from celery import Task
+from celery.exceptions import SoftTimeLimitExceeded
 
 from bifrost_bootstrap import redis_server, settings as environment
 from bifrost_bootstrap.celery import MIGRATE, WARM, app
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import BootstrapError, InternalError, UnwantedError
+from bifrost_bootstrap.errors import BootstrapError, TimeLimitError, UnwantedError, unexpected
 from bifrost_bootstrap.migrate import migrate as migrate_step
 from bifrost_bootstrap.progress import (
     BEAT,
@@ -57,9 +58,11 @@ class BootstrapTask(Task):  # type: ignore[misc]
         except BootstrapError as error:
             logger.error("%s: %s", self.name, error)
             raise
+        except SoftTimeLimitExceeded:
+            raise TimeLimitError("--soft-time-limit or task_soft_time_limit") from None
         except Exception as error:
             logger.exception("%s: unexpected error", self.name)
-            raise InternalError(masked(f"{type(error).__name__}: {error}")) from None
+            raise unexpected(error, masked(f"{type(error).__name__}: {error}")) from None
 
 
 @app.task(bind=True, base=BootstrapTask, name=MIGRATE)  # type: ignore[untyped-decorator]

@@ -95,9 +95,30 @@ def parse_postgres(text: str) -> PostgresUrl:
     except ProgrammingError as error:
         raise ValueError(_without_values(str(error))) from None
     remember_secret(parameters.get("password", ""))
-    # SQLAlchemy knows no `postgres://`.
+    # SQLAlchemy knows no `postgres://`, and several hosts in its own way only.
     as_written = text.replace("postgres://", "postgresql://", 1) if is_url else _as_url(parameters)
+    if "," in parameters.get("host", ""):
+        # Of several servers the one that may be written to is meant, whichever that is by now.
+        parameters.setdefault("target_session_attrs", "primary")
+        as_written = _with_several_hosts(as_written, parameters)
     return PostgresUrl(as_written, parameters)
+
+
+def _with_several_hosts(url: str, parameters: Mapping[str, str]) -> str:
+    """A URL with its user, database and words, whose hosts are where SQLAlchemy looks for them."""
+    scheme, rest = url.split("://", 1)
+    found = _URL.fullmatch(rest)
+    assert found
+    user, password, query = (found[part] or "" for part in ("user", "password", "query"))
+    credentials = f"{user}:{password}@" if password else f"{user}@" if user else ""
+    hosts = parameters["host"].split(",")
+    ports = parameters.get("port", "5432").split(",")
+    pairs = zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)
+    words = [pair for pair in parse_qsl(query, keep_blank_values=True) if pair[0] not in {"host", "port"}]
+    words += [("host", f"{host}:{port or 5432}") for host, port in pairs]
+    if "target_session_attrs" not in dict(words):
+        words.append(("target_session_attrs", parameters["target_session_attrs"]))
+    return f"{scheme}://{credentials}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(words)}"
 
 
 def _libpq_url(text: str) -> str:
