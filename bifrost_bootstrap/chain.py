@@ -12,6 +12,7 @@ from typing import Any
 
 import redis
 from celery import chain
+from kombu.exceptions import OperationalError
 
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app, described, refuses
 from bifrost_bootstrap.deadline import Deadline
@@ -46,7 +47,7 @@ WANTED_TTL = 30
 TASK_HEAD_START, HEAD_START_SHARE = 4.0, 0.2
 #: Routing key of a message that no queue is to get.
 PROBE = f"{QUEUE}.nobody"
-#: What a broker says that does not take a message, in more words than the library has.
+#: What a broker says that does not take a message: nothing, in the library's words.
 _NACKED = "it did not take the message; look for a policy with max-length and reject-publish"
 
 
@@ -79,9 +80,9 @@ def _broker_errors(server: str) -> Iterator[None]:
         known = (*connection.connection_errors, *connection.channel_errors, RuntimeError)
         if not (isinstance(error, known) or tells_of_server(type(error).__module__)):
             raise
-        text = (
-            _NACKED if type(error).__name__ == "MessageNacked" else masked(str(error).strip() or type(error).__name__)
-        )
+        text = masked(str(error).strip() or type(error).__name__)
+        if isinstance(error, OperationalError) and not str(error).strip():
+            text = _NACKED
         if isinstance(error, ssl.SSLCertVerificationError):
             raise CertificateError(server, text) from error
         if isinstance(error, FileNotFoundError):
