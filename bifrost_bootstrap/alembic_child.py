@@ -141,7 +141,7 @@ class Guard:
 
     def __init__(self, request: dict[str, Any], events: Events) -> None:
         self.lock = lock = request["lock"]
-        self.tag, self.leftover = request["tag"], request["leftover"]
+        self.tag, self.leftover, self.server_query = request["tag"], request["leftover"], request["server_query"]
         self.lock_timeout = int(request["lock_timeout_ms"])
         # Elsewhere PostgreSQL 14 has no other value than 0. LOCAL, since behind a pooler a session setting would stay
         # for the next client.
@@ -326,7 +326,7 @@ class Guard:
                 return connection.engine.url.render_as_string()
             server, database, address, port = ask(
                 connection,
-                f"SELECT {self.lock['server_query']}, current_database()::text,"
+                f"SELECT {self.server_query}, current_database()::text,"
                 " coalesce(host(inet_server_addr()), 'local'), coalesce(inet_server_port(), 0)",
             )
             ours = (server, database) == (self.lock["server"], self.lock["database"])

@@ -7,20 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bifrost_bootstrap import child as children, lock, schema
+from bifrost_bootstrap import child as children, errors, lock, schema
 from bifrost_bootstrap.blockers import BlockerWatch
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.errors import (
-    BootstrapError,
-    BusyError,
-    MigrationError,
-    OwnProcessError,
-    RefusedError,
-    TreeError,
-    UnavailableError,
-    VersionTableError,
-    WrongDatabaseError,
-)
 from bifrost_bootstrap.lock import MigrationLock
 from bifrost_bootstrap.postgres import LEFTOVER, REFUSALS
 from bifrost_bootstrap.progress import Progress, Report
@@ -68,16 +57,9 @@ def upgrade(
         # Where it has several, they are read when it is done.
         "version_table": "" if tree.several else settings.alembic_version_table,
         "lock_timeout_ms": round(settings.migration_lock_timeout * 1000),
-        "tag": lock.TAG,
-        "leftover": LEFTOVER,
-        "lock": {
-            **asdict(held.proof),
-            "class": lock.LOCK_CLASS,
-            "migration": lock.MIGRATION,
-            "runner": lock.RUNNER,
-            "server_query": lock.SERVER,
-        },
-    }
+        "tag": lock.TAG, "leftover": LEFTOVER, "server_query": lock.SERVER,
+        "lock": asdict(held.proof) | {"class": lock.LOCK_CLASS, "migration": lock.MIGRATION, "runner": lock.RUNNER},
+    }  # fmt: skip
     url = settings.migration_database
     # The tree reads its URL from the environment; an argument would show in the process list.
     child = children.Child(tree.alembic, request, BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
@@ -162,7 +144,7 @@ class _Run:
             return applied
         try:
             state = schema.look(self.settings.migration_database, self.tree, self.settings)
-        except BootstrapError as error:
+        except errors.BootstrapError as error:
             logger.warning("cannot see which revisions were recorded: %s", error)
             return []
         return [one for one in applied if one.revision in self.tree.upto(state.database_heads)]
@@ -173,7 +155,7 @@ class _Run:
             return None
         if self.failure is None:
             last = self.output[-1] if self.output else "without a word"
-            return OwnProcessError("the tree's process", masked(f"it ended with code {returncode}: {last}"))
+            return errors.OwnProcessError("the tree's process", masked(f"it ended with code {returncode}: {last}"))
         if self.failure["kind"] == "no_alembic":
             return children.unfit(self.tree.alembic, self.failure["message"])
         return self._error_of(self.failure, [one.revision for one in applied])
@@ -182,36 +164,36 @@ class _Run:
         url = self.settings.migration_database
         match event["kind"]:
             case "wrong_database":
-                return WrongDatabaseError(str(url), event["migrated"])
+                return errors.WrongDatabaseError(str(url), event["migrated"])
             case "version_table":
-                return VersionTableError(self.settings.alembic_version_table, event["written"])
+                return errors.VersionTableError(self.settings.alembic_version_table, event["written"])
             case "lock_lost" | "disconnected":
                 lost = "the migration lock was lost while a revision ran"
-                return UnavailableError(str(url), masked(event.get("message", lost)))
+                return errors.UnavailableError(str(url), masked(event.get("message", lost)))
         message = masked(event["message"])
         refused = event["disconnected"] and any(word in message for word in REFUSALS)
         if not event["revision"] and (refused or event["sqlstate"].startswith(_REFUSED)):
-            return RefusedError("the database that env.py of the tree names", message)
+            return errors.RefusedError("the database that env.py of the tree names", message)
         if event["sqlstate"] == _LOCK_TIMEOUT:
             return _busy(event["revision"], self.watch)
         if event["disconnected"] or event["sqlstate"].startswith(_TRANSIENT):
-            return UnavailableError(str(url), message)
+            return errors.UnavailableError(str(url), message)
         if event["sqlstate"] == _NO_RIGHT and not event["revision"]:
             # The version table could not be made: no revision is at fault.
-            return RefusedError(str(url), message)
+            return errors.RefusedError(str(url), message)
         return _tree_error(event, applied, message)
 
 
-def _tree_error(event: dict[str, Any], applied: list[str], message: str) -> TreeError | MigrationError:
+def _tree_error(event: dict[str, Any], applied: list[str], message: str) -> errors.TreeError | errors.MigrationError:
     """What the tree itself is at fault for, before its first revision, in one, or after the last."""
     if event["by_tree"] and not event["revision"] and not event["sqlstate"]:
-        return TreeError(message)
+        return errors.TreeError(message)
     # What fails after its last one is no revision's fault.
     revision, title, statement = (
         ("", "", "") if event["revision"] in applied else (event["revision"], event["title"], event["statement"])
     )
-    return MigrationError(revision, title, masked(statement), message, masked(event["hint"]), applied)
+    return errors.MigrationError(revision, title, masked(statement), message, masked(event["hint"]), applied)
 
 
-def _busy(revision: str, watch: BlockerWatch) -> BusyError:
-    return BusyError(f"a table lock for revision {revision}", watch.last or "a session that was not seen")
+def _busy(revision: str, watch: BlockerWatch) -> errors.BusyError:
+    return errors.BusyError(f"a table lock for revision {revision}", watch.last or "a session that was not seen")

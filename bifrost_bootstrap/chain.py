@@ -14,20 +14,10 @@ import redis
 from celery import chain
 from kombu.exceptions import OperationalError
 
+from bifrost_bootstrap import errors
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app, described, refuses
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
-from bifrost_bootstrap.errors import (
-    NO_TLS_FILE,
-    BootstrapError,
-    CertificateError,
-    InternalError,
-    RefusedError,
-    TimeLimitError,
-    UnavailableError,
-    rebuild,
-    tells_of_server,
-)
 from bifrost_bootstrap.progress import WANTED_HEADER, Progress, held_key, progress_key, wanted_key
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.tree import QUEUE
@@ -78,18 +68,18 @@ def _broker_errors(server: str) -> Iterator[None]:
         yield
     except Exception as error:
         known = (*connection.connection_errors, *connection.channel_errors, RuntimeError)
-        if not (isinstance(error, known) or tells_of_server(type(error).__module__)):
+        if not (isinstance(error, known) or errors.tells_of_server(type(error).__module__)):
             raise
         text = masked(str(error).strip() or type(error).__name__)
         if isinstance(error, OperationalError) and not str(error).strip():
             text = _NACKED
         if isinstance(error, ssl.SSLCertVerificationError):
-            raise CertificateError(server, text) from error
+            raise errors.CertificateError(server, text) from error
         if isinstance(error, FileNotFoundError):
-            raise CertificateError(server, NO_TLS_FILE) from error
+            raise errors.CertificateError(server, errors.NO_TLS_FILE) from error
         if refuses(error):
-            raise RefusedError(server, text) from error
-        raise UnavailableError(server, text) from error
+            raise errors.RefusedError(server, text) from error
+        raise errors.UnavailableError(server, text) from error
 
 
 def send(
@@ -137,11 +127,12 @@ def want(client: redis.Redis, sent: SentChain, deadline: Deadline, lock_timeout:
     client.set(wanted_key(sent.first), max(0.0, deadline.remaining - head_start), ex=WANTED_TTL)
 
 
-def queue_state(queue: str, *, room_for: int = 0) -> QueueState:
+def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> QueueState:
     """
-    Who consumes the queue, of a broker that takes messages. A queue that nobody declared has nobody.
+    Who consumes the queue. A queue that nobody declared has nobody.
 
-    room_for: so many more connections must be possible. Raises UnavailableError, RefusedError.
+    publishing: the broker must take messages. room_for: so many more connections must be possible. Raises
+    UnavailableError, RefusedError.
     """
     with _broker_errors(described()), app.connection_for_write() as connection, ExitStack() as stack:
         connection.connect()
@@ -149,7 +140,8 @@ def queue_state(queue: str, *, room_for: int = 0) -> QueueState:
             return QueueState(None, None)
         for _ in range(room_for):
             stack.enter_context(app.connection_for_write()).connect()
-        _publish_to_nobody(connection)
+        if publishing:
+            _publish_to_nobody(connection)
         try:
             _, messages, consumers = connection.default_channel.queue_declare(queue, passive=True)
         except connection.channel_errors as error:
@@ -209,13 +201,13 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
         name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
         arguments = arguments if isinstance(arguments, list) else [arguments]
         error = (
-            TimeLimitError("--time-limit or task_time_limit")
+            errors.TimeLimitError("--time-limit or task_time_limit")
             if name == "TimeLimitExceeded"
-            else rebuild(name, arguments)
+            else errors.rebuild(name, arguments)
         )
         if name in _LOST:
             return TaskState(status, lost=_LOST[name])
-        if isinstance(error, UnavailableError) or name in _UNDONE or _tells_of_server(result, error):
+        if isinstance(error, errors.UnavailableError) or name in _UNDONE or _tells_of_server(result, error):
             return TaskState(status, undone=_UNDONE.get(name, str(error)))
         return TaskState(status, error=error)
     return TaskState(
@@ -226,8 +218,8 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
     )
 
 
-def _tells_of_server(result: dict[str, Any], error: BootstrapError) -> bool:
-    return isinstance(error, InternalError) and tells_of_server(result.get("exc_module") or "")
+def _tells_of_server(result: dict[str, Any], error: errors.BootstrapError) -> bool:
+    return isinstance(error, errors.InternalError) and errors.tells_of_server(result.get("exc_module") or "")
 
 
 def _json_object(stored: bytes | None) -> dict[str, Any] | None:

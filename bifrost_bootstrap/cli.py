@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,19 +49,24 @@ class DurationType(click.ParamType[float]):
 _ALWAYS = (64, 70, 78, 130, 143)
 
 
-def _more_help(examples: dict[str, str], *codes: int, ok: str = ExitCode.OK.meaning) -> str:
-    """What follows the options in `--help`: worked examples and the command's exit codes."""
-    shown = [line for command, why in examples.items() for line in (f"  # {why}", f"  {command}")]
-    meanings = {code: ExitCode(code).meaning for code in sorted((*codes, *_ALWAYS))}
-    table = [f"  {code:<4} {meaning}" for code, meaning in ({0: ok} | meanings).items()]
-    # click fills paragraphs anew, but for those that begin with this character.
-    return "\n".join(["\b", "Examples:", *shown, "", "\b", "Exit codes:", *table])
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="bifrost-bootstrap")
 def main() -> None:
     """Bring a Bifrost deployment into a state in which it may start: schema at head, module cache complete."""
+
+
+def _command(*codes: int, ok: str = ExitCode.OK.meaning) -> Callable[[Callable[..., int]], click.Command]:
+    """A command of the group; `--help` has its examples and exit codes behind the options. ok: what 0 means here."""
+
+    def add(function: Callable[..., int]) -> click.Command:
+        text, _, examples = inspect.getdoc(function).partition("\n\nExamples:\n")  # type: ignore[union-attr]
+        meanings = {0: ok} | {code: ExitCode(code).meaning for code in sorted((*codes, *_ALWAYS))}
+        table = [f"  {code:<4} {meaning}" for code, meaning in meanings.items()]
+        # click fills paragraphs anew, but for those that begin with this character.
+        epilog = "\n".join(["\b", "Examples:", examples, "", "\b", "Exit codes:", *table])
+        return main.command(help=text, epilog=epilog)(function)
+
+    return add
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
@@ -73,22 +80,21 @@ _allow_shrink_option = click.option(
 )
 
 
-@main.command(
-    epilog=_more_help(
-        {
-            "bifrost-bootstrap init --timeout 5m": "the init container beside a standing bootstrap worker",
-            "bifrost-bootstrap init --with-worker --json": "in front of a rolling Deployment: it brings its own worker",
-        },
-        *(1, 2, 69, 75, 124),
-    )
-)
+@_command(1, 2, 69, 75, 124)
 @_timeout_option
 @click.option("--with-worker", is_flag=True, help="Bring a bootstrap worker along for as long as init runs.")
 @click.option("--embedded", is_flag=True, help="Run on private throw-away servers; every URL is ignored.")
 @_allow_shrink_option
 @_json_option
 def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink: bool, as_json: bool) -> int:
-    """Migrate, warm the module cache, and exit 0 only when both are true."""
+    """Migrate, warm the module cache, and exit 0 only when both are true.
+
+    Examples:
+      # the init container beside a standing bootstrap worker
+      bifrost-bootstrap init --timeout 5m
+      # in front of a rolling Deployment: it brings its own worker
+      bifrost-bootstrap init --with-worker --json
+    """
 
     def work(stack: ExitStack) -> Outcome:
         if embedded:
@@ -102,21 +108,20 @@ def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink:
     return run_command("init", as_json, work, on_signal=f"work that a bootstrap worker has begun {begun}")
 
 
-@main.command(
-    epilog=_more_help(
-        {
-            "bifrost-bootstrap rewarm": "after rows were changed behind the platform's back",
-            "bifrost-bootstrap rewarm --full": "rewrite every entry, whatever the hashes say",
-        },
-        *(1, 2, 69, 75, 124),
-    )
-)
+@_command(1, 2, 69, 75, 124)
 @_timeout_option
 @click.option("--full", is_flag=True, help="Trust no hash: rewrite every entry.")
 @_allow_shrink_option
 @_json_option
 def rewarm(timeout: float | None, full: bool, allow_shrink: bool, as_json: bool) -> int:
-    """Warm the module cache again, through a bootstrap worker, and wait for it like init."""
+    """Warm the module cache again, through a bootstrap worker, and wait for it like init.
+
+    Examples:
+      # after rows were changed behind the platform's back
+      bifrost-bootstrap rewarm
+      # rewrite every entry, whatever the hashes say
+      bifrost-bootstrap rewarm --full
+    """
 
     def work(stack: ExitStack) -> Outcome:
         from bifrost_bootstrap.init import Wanted
@@ -126,19 +131,18 @@ def rewarm(timeout: float | None, full: bool, allow_shrink: bool, as_json: bool)
     return run_command("rewarm", as_json, work, on_signal="a warm that a bootstrap worker has begun goes on")
 
 
-@main.command(
-    epilog=_more_help(
-        {
-            "bifrost-bootstrap check": "what is ready, and what is missing",
-            "bifrost-bootstrap check --wait 10m": "the init container of a pod that only waits",
-        },
-        *(1, 3, 69),
-    )
-)
+@_command(1, 3, 69)
 @click.option("--wait", type=DurationType(), help="Wait up to this long until everything is ready.")
 @_json_option
 def check(wait: float | None, as_json: bool) -> int:
-    """Say whether schema and cache are ready (0) or not (3). Changes nothing, needs no RabbitMQ."""
+    """Say whether schema and cache are ready (0) or not (3). Changes nothing, needs no RabbitMQ.
+
+    Examples:
+      # what is ready, and what is missing
+      bifrost-bootstrap check
+      # the init container of a pod that only waits
+      bifrost-bootstrap check --wait 10m
+    """
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "tree")
@@ -156,20 +160,18 @@ def check(wait: float | None, as_json: bool) -> int:
     return run_command("check", as_json, work)
 
 
-@main.command(
-    epilog=_more_help(
-        {
-            "bifrost-bootstrap plan": "before a deploy: what would init do?",
-            "bifrost-bootstrap plan --sql": "for whoever reviews the migration",
-        },
-        *(1, 69),
-        ok="it is told, whether or not something is pending",
-    )
-)
+@_command(1, 69, ok="it is told, whether or not something is pending")
 @click.option("--sql", "with_sql", is_flag=True, help="Print the SQL of the pending revisions too.")
 @_json_option
 def plan(with_sql: bool, as_json: bool) -> int:
-    """Say what init would do: revisions to apply, modules to add, change and remove. Changes nothing."""
+    """Say what init would do: revisions to apply, modules to add, change and remove. Changes nothing.
+
+    Examples:
+      # before a deploy: what would init do?
+      bifrost-bootstrap plan
+      # for whoever reviews the migration
+      bifrost-bootstrap plan --sql
+    """
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "tree")
@@ -182,18 +184,16 @@ def plan(with_sql: bool, as_json: bool) -> int:
     return run_command("plan", as_json, work)
 
 
-@main.command(
-    epilog=_more_help(
-        {
-            "bifrost-bootstrap worker": "a standing bootstrap worker",
-            "BIFROST_WORKER_HEALTH_FILE=/tmp/alive bifrost-bootstrap worker": "with a file for a health check",
-        },
-        *(1, 69),
-        ok="it was told to stop",
-    )
-)
+@_command(1, 69, ok="it was told to stop")
 def worker() -> int:
-    """Run a bootstrap worker: it consumes the calls by hand and the chains of its own tree."""
+    """Run a bootstrap worker: it consumes the calls by hand and the chains of its own tree.
+
+    Examples:
+      # a standing bootstrap worker
+      bifrost-bootstrap worker
+      # with a file for a health check
+      BIFROST_WORKER_HEALTH_FILE=/tmp/alive bifrost-bootstrap worker
+    """
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "rabbitmq", "tree")
@@ -218,21 +218,19 @@ def worker() -> int:
     return run_command("worker", False, work)
 
 
-@main.command(
-    epilog=_more_help(
-        {
-            "bifrost-bootstrap load ./modules": "name the target, write nothing",
-            "bifrost-bootstrap load ./modules --yes": "write",
-        },
-        69,
-        ok="the files are rows",
-    )
-)
+@_command(69, ok="the files are rows")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--yes", is_flag=True, help="Really write to that database.")
 @_json_option
 def load(folder: Path, yes: bool, as_json: bool) -> int:
-    """For development: insert or update the .py files of FOLDER as modules. Never deletes."""
+    """For development: insert or update the .py files of FOLDER as modules. Never deletes.
+
+    Examples:
+      # name the target, write nothing
+      bifrost-bootstrap load ./modules
+      # write
+      bifrost-bootstrap load ./modules --yes
+    """
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database")

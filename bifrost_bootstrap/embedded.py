@@ -44,23 +44,7 @@ POSTGRES_OPTIONS = (
     "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "shared_buffers=32MB",
     "-c", "fsync=off", "-c", "full_page_writes=off",
 )  # fmt: skip
-#: $1: the folder; $2: a pipe that all of the process group hold open, so that its end is theirs. SIGINT ends
-#: Valkey, shuts PostgreSQL down at once, and stops initdb after the step it is at, if that step does not ignore it:
-#: therefore again and again. Whoever is killed leaves shared memory behind, and so does a PostgreSQL whose files are
-#: taken away: that comes only after 30 s. The last to be killed is the shell itself.
-REAPER = """
-trap '' HUP INT TERM
-read -r _
-{
-    tries=60
-    while [ $((tries -= 1)) -ge 0 ]; do kill -INT 0; sleep 0.5; done
-    rm -rf -- "$1"
-    kill -KILL 0
-} &
-cat "/dev/fd/$2"
-rm -rf -- "$1"
-kill -KILL 0
-"""
+REAPER = Path(__file__).with_name("reaper.sh")
 
 
 @dataclass(frozen=True)
@@ -188,7 +172,7 @@ class _Group:
         self.running = os.fdopen(running, "wb")
         # A group of its own: Ctrl-C on the terminal is for the command, which may still need the servers.
         self.reaper = subprocess.Popen(  # noqa: S603  (a constant script)
-            ["/bin/sh", "-c", REAPER, "reaper", self.folder, str(ended)],
+            ["/bin/sh", "-c", REAPER.read_text(), "reaper", self.folder, str(ended)],
             stdin=subprocess.PIPE, pass_fds=[ended], cwd="/", process_group=0,
         )  # fmt: skip
         os.close(ended)

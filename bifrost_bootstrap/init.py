@@ -13,19 +13,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bifrost_bootstrap import postgres, readiness, redis_server, tree_loading, waiting
+from bifrost_bootstrap import errors, postgres, readiness, redis_server, tree_loading, waiting
 from bifrost_bootstrap.deadline import Deadline, Overrun
 from bifrost_bootstrap.decision import Decision, Enqueue, Fail, Observation, Succeed, Wait, decide
-from bifrost_bootstrap.errors import (
-    BootstrapError,
-    BusyError,
-    DeadlineError,
-    NoWorkerError,
-    OwnWorkerDeadlineError,
-    RefusedError,
-    SchemaError,
-    UnavailableError,
-)
 from bifrost_bootstrap.progress import Report
 from bifrost_bootstrap.readiness import Readiness
 from bifrost_bootstrap.settings import Settings
@@ -46,6 +36,10 @@ SAY_AGAIN = 10.0
 WORKER_GRACE = 5.0
 #: Seconds that the last look may take past the deadline: two servers that are silent, one after the other.
 GRACE = 10.0
+
+
+#: The servers that could not be asked the last time, and the reason.
+Away = dict[str, errors.BootstrapError]
 
 
 @dataclass(frozen=True)
@@ -78,13 +72,13 @@ class Wanted:
     full: bool = False
     allow_shrink: bool = False
 
-    def refusal(self, truth: Readiness) -> SchemaError | None:
+    def refusal(self, truth: Readiness) -> errors.SchemaError | None:
         """Why this cannot be done to a deployment that stands so, or None."""
         schema = truth.schema
         if self.migrate or schema.ready or schema.refusal():
             return schema.refusal()
         pending = f"{len(schema.pending)} revisions are pending, and a re-warm applies none"
-        return SchemaError(schema.verdict, pending, "run `bifrost-bootstrap init`, which migrates and warms")
+        return errors.SchemaError(schema.verdict, pending, "run `bifrost-bootstrap init`, which migrates and warms")
 
 
 def init(
@@ -101,19 +95,19 @@ def init(
     with_worker: start a bootstrap worker on a queue of its own for as long as this takes. report: hears the progress
     of the steps. Safe to be run by any number of replicas, and to be killed at any instant.
     """
-    away: dict[str, BootstrapError] = {}
+    away: Away = {}
     try:
         with deadline.enforced(GRACE):
             return _init(settings, deadline, wanted, report, away, with_worker=with_worker)
     except Overrun:
         if away:
             raise next(iter(away.values())) from None
-        too_late = OwnWorkerDeadlineError if with_worker else DeadlineError
+        too_late = errors.OwnWorkerDeadlineError if with_worker else errors.DeadlineError
         raise too_late("an operation did not return", deadline.seconds) from None
 
 
 def _init(
-    settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, away: dict[str, BootstrapError],
+    settings: Settings, deadline: Deadline, wanted: Wanted, report: Report, away: Away,
     *, with_worker: bool,
 ) -> InitReport:  # fmt: skip
     tree = tree_loading.load(settings)
@@ -141,12 +135,12 @@ def _init(
         return _Init(settings, deadline, wanted, queue, observer, ensure_worker, report).run(waited)
 
 
-def _glance(settings: Settings, tree: Tree, deadline: Deadline, away: dict[str, BootstrapError]) -> Readiness | None:
+def _glance(settings: Settings, tree: Tree, deadline: Deadline, away: Away) -> Readiness | None:
     """Schema and cache, where they can be read at once; what is in the way goes into `away`."""
     away.clear()
     try:
         return readiness.look(settings, tree, compare=readiness.compare_timeout(deadline), await_open=True)
-    except (UnavailableError, RefusedError) as error:
+    except (errors.UnavailableError, errors.RefusedError) as error:
         logger.debug("at first sight: %s", error)
         away["schema and cache"] = error
         return None
@@ -223,7 +217,7 @@ class _Init:
         missing = seen.consumers == 0 and seen.sent and not (seen.taken or seen.away)
         if missing and seen.age > WORKER_GRACE and self.warned.passed:
             self.warned = Deadline(SAY_AGAIN)
-            error = NoWorkerError(self.queue)
+            error = errors.NoWorkerError(self.queue)
             logger.warning("%s; %s", error, error.remedy)
 
     def _say(self, decision: Decision, seen: Observation) -> None:
@@ -236,15 +230,15 @@ class _Init:
         how_far = str(seen.progress) if seen.progress and seen.progress.what == note else note
         logger.info("%s (%.0fs of %.0fs)", how_far, self.deadline.elapsed, self.deadline.seconds)
 
-    def _too_late(self, seen: Observation) -> BootstrapError:
+    def _too_late(self, seen: Observation) -> errors.BootstrapError:
         held = seen.migrate.held or seen.warm.held
         if not held and self.observer.away:
             return next(iter(self.observer.away.values()))
         if not held and (undone := seen.migrate.undone or seen.warm.undone):
-            return UnavailableError("a server of the worker", undone)
+            return errors.UnavailableError("a server of the worker", undone)
         if not held and seen.holder and not seen.begun:
-            return BusyError("the migration lock", seen.holder)
+            return errors.BusyError("the migration lock", seen.holder)
         if not seen.taken and seen.consumers == 0:
-            return NoWorkerError(self.queue)
-        too_late = OwnWorkerDeadlineError if self.ensure_worker else DeadlineError
+            return errors.NoWorkerError(self.queue)
+        too_late = errors.OwnWorkerDeadlineError if self.ensure_worker else errors.DeadlineError
         return too_late(self.note or "the chain is queued", self.deadline.seconds)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import LiteralString
 
 from bifrost_bootstrap import module_source, postgres
 from bifrost_bootstrap.errors import SettingsError, WarmError
 from bifrost_bootstrap.module_source import ModuleSource
 from bifrost_bootstrap.postgres import Connection
+from bifrost_bootstrap.progress import Facts
 from bifrost_bootstrap.settings import Settings
 
 _UPSERT_WORKSPACE_FILES: LiteralString = """
@@ -33,15 +34,12 @@ _LONGEST_PATH = 1000
 
 
 @dataclass(frozen=True)
-class LoadResult:
+class LoadResult(Facts):
     """files: found. written: rows inserted or changed. skipped: (path, reason) of files that a row cannot hold."""
 
     files: int
     written: int
     skipped: list[tuple[str, str]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def load(settings: Settings, folder: Path) -> LoadResult:

@@ -44,16 +44,11 @@ LOST_AFTER = 30.0
 # Off for this transaction only: an idle holder must outlive them. The keepalives have a direct server notice
 # within 45 s (15 + 3 × 10) that the holder vanished without a FIN, and the last (milliseconds) where that was within an
 # answer: no keepalive is sent while data is unacknowledged. A pooler has its own.
-_OWN_SETTINGS = {
-    "idle_in_transaction_session_timeout": "0",
-    "transaction_timeout": "0",
-    "statement_timeout": "0",
-    "tcp_keepalives_idle": "15",
-    "tcp_keepalives_interval": "10",
-    "tcp_keepalives_count": "3",
-    "tcp_user_timeout": "45000",
-}
 _MUST_BE_OFF = ("idle_in_transaction_session_timeout", "transaction_timeout")
+_OWN_SETTINGS = dict.fromkeys((*_MUST_BE_OFF, "statement_timeout"), "0") | {
+    "tcp_keepalives_idle": "15", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "45000",
+}  # fmt: skip
 
 #: Tells one server from every other. The start distinguishes a copy of a server (a restored backup, a replica), which
 #: has its identifier; a restart of the same one ends all locks anyway.

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from bifrost_bootstrap import alembic_run, lock, postgres, schema, tree_loading
+from bifrost_bootstrap import alembic_run, errors, lock, postgres, schema, tree_loading
 from bifrost_bootstrap.alembic_run import Applied
 from bifrost_bootstrap.deadline import Deadline, Patience
-from bifrost_bootstrap.errors import (
-    BootstrapError,
-    BusyError,
-    MigrateGivenUpError,
-    MigrationError,
-    OwnProcessError,
-    RefusedError,
-    SettingsError,
-    UnavailableError,
-    VersionTableError,
-)
-from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.progress import Facts, Progress, Report
 from bifrost_bootstrap.schema import SchemaState
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
@@ -40,7 +28,7 @@ MOST_DEATHS = 3
 
 
 @dataclass(frozen=True)
-class MigrateResult:
+class MigrateResult(Facts):
     """What a migrate did. `applied` is empty where nothing was to do; `ahead` where it was not ours to do."""
 
     verdict: str
@@ -48,9 +36,6 @@ class MigrateResult:
     revision_to: list[str]
     applied: list[Applied] = field(default_factory=list)
     seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateResult:
@@ -90,12 +75,12 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
                 if not state.ready and not state.refusal():
                     alembic_run.upgrade(settings, tree, held, deadline, applied, report)
                     _look_at_result(settings, tree, applied)
-        except OwnProcessError as died:
-            error: BootstrapError = died
+        except errors.OwnProcessError as died:
+            error: errors.BootstrapError = died
             deaths += 1
             if deaths == MOST_DEATHS:
-                raise MigrateGivenUpError(deaths, str(error)) from died
-        except (BusyError, RefusedError, UnavailableError) as passing:
+                raise errors.MigrateGivenUpError(deaths, str(error)) from died
+        except (errors.BusyError, errors.RefusedError, errors.UnavailableError) as passing:
             error, deaths = passing, 0
         else:
             continue
@@ -117,12 +102,12 @@ def _look_at_result(settings: Settings, tree: Tree, applied: list[Applied]) -> N
     with postgres.connect(url, "migration-result", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
         if not state.ready and not state.refusal():
             if written := postgres.other_table(connection, table):
-                raise VersionTableError(table, written)
+                raise errors.VersionTableError(table, written)
             recorded = tree.upto(state.database_heads)
             for one in applied:
                 if one.revision not in recorded:
-                    raise MigrationError(one.revision, one.title, "", _UNRECORDED, "", sorted(recorded))
+                    raise errors.MigrationError(one.revision, one.title, "", _UNRECORDED, "", sorted(recorded))
             fault = f"BIFROST_ALEMBIC_VERSION_TABLE: {table} is not at head after an upgrade without an error"
-            raise SettingsError([f"{fault}; env.py of the tree runs no revisions, or records them elsewhere"])
+            raise errors.SettingsError([f"{fault}; env.py of the tree runs no revisions, or records them elsewhere"])
         for index, repair in postgres.invalid_indexes(connection).items():
             logger.warning("index %s is INVALID, of use to no query; repair it with: %s", index, repair)

@@ -29,7 +29,7 @@ RESULT_PATIENCE, RESULT_PAUSE = 2.0, 0.05
 
 class Observer:
     """
-    Gathers an `Observation` for one init, and never raises because a server is away.
+    Gathers an `Observation` for one init, and never raises because a server is away; CertificateError it does.
 
     queue: where the chain is sent. own_worker: whether its only worker is ours, so that nobody consuming it yet
     means nothing. truth: as it was read a moment ago, None where it could not be. away: filled with the servers that
@@ -118,6 +118,8 @@ class Observer:
             look()
         except UnavailableError as error:
             self.away[what] = error
+        except CertificateError:
+            raise
         except (RefusedError, WarmError) as error:
             self.away[what] = error
             self._refused.setdefault(what, Deadline(REFUSAL_PATIENCE))
@@ -131,14 +133,7 @@ class Observer:
         """Why waiting cannot help: no migration leads to this tree's head, or a server goes on refusing us."""
         if self.truth and (refusal := self.truth.schema.refusal()):
             return refusal
-        return next(
-            (
-                self.away[what]
-                for what, patience in self._refused.items()
-                if patience.passed or isinstance(self.away[what], CertificateError)
-            ),
-            None,
-        )
+        return next((self.away[what] for what, patience in self._refused.items() if patience.passed), None)
 
     def _look_at_states(self) -> None:
         if self._sent is None:

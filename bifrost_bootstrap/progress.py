@@ -8,7 +8,15 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Progress:
+class Facts:
+    """What `--json`, or a task's result, says of it: its fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Progress(Facts):
     """
     How far a step is.
 
@@ -30,9 +38,6 @@ class Progress:
     def what(self) -> str:
         """What is going on, without how far it is."""
         return f"{self.step}: {self.note or self.unit}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 #: Where a step reports to; called in the thread of the step, must not raise.

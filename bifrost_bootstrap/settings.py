@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,21 +66,11 @@ def _words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
 
 
-def _kept(parse: Callable[[str], str]) -> Callable[[str], str]:
-    """Checks a URL, which stays as it was written."""
-
-    def check(url: str) -> str:
-        parse(url)
-        return url
-
-    return check
-
-
 Duration = Annotated[float, BeforeValidator(duration), Field(ge=0)]
 DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(_postgres_url), PlainSerializer(str)]
-RedisUrl = Annotated[str, AfterValidator(_kept(parse_redis))]
+RedisUrl = Annotated[str, AfterValidator(lambda url: parse_redis(url) and url)]
 #: redis:// is what `--embedded` uses; RabbitMQ is what is supported.
-BrokerUrl = Annotated[str, AfterValidator(_kept(parse_broker))]
+BrokerUrl = Annotated[str, AfterValidator(lambda url: parse_broker(url) and url)]
 
 
 class Settings(BaseModel):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from bifrost_bootstrap import postgres, redis_server, settings as environment
 from bifrost_bootstrap.errors import BootstrapError
+from bifrost_bootstrap.progress import Facts
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.tree import Tree
 from bifrost_bootstrap.waiting import LOOK_TIMEOUT
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Surroundings(Facts):
     """
     redis: its eviction policy and memory, in words. invalid_indexes: each with the statement that repairs it.
 
@@ -23,9 +23,6 @@ class Surroundings:
     redis: str = ""
     invalid_indexes: dict[str, str] = field(default_factory=dict)
     worker: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def look(settings: Settings, tree: Tree) -> Surroundings:
@@ -63,7 +60,7 @@ def _worker(settings: Settings, tree: Tree) -> str:
 
     queue = tree.queue(settings.database.target)
     try:
-        consumers = chain.queue_state(queue).consumers
+        consumers = chain.queue_state(queue, publishing=False).consumers
     except BootstrapError as error:
         return str(error)
     if consumers is None:

@@ -12,21 +12,11 @@ from typing import Any
 from celery import Task
 from celery.exceptions import SoftTimeLimitExceeded
 
-from bifrost_bootstrap import redis_server, settings as environment
+from bifrost_bootstrap import progress, redis_server, settings as environment
 from bifrost_bootstrap.celery import MIGRATE, WARM, app
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError, TimeLimitError, UnwantedError, unexpected
 from bifrost_bootstrap.migrate import migrate as migrate_step
-from bifrost_bootstrap.progress import (
-    BEAT,
-    HELD_TTL,
-    WANTED_HEADER,
-    Progress,
-    Report,
-    held_key,
-    progress_key,
-    wanted_key,
-)
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.warm import warm as warm_step
@@ -47,12 +37,12 @@ class BootstrapTask(Task):  # type: ignore[misc]
     throws = (BootstrapError,)
 
     @contextmanager
-    def step(self) -> Iterator[tuple[Settings, Deadline, Report]]:
+    def step(self) -> Iterator[tuple[Settings, Deadline, progress.Report]]:
         """What a step needs. Every error leaves as one of ours, so that it can be read from the result."""
         headers = self.request.headers or {}
         try:
             settings = environment.load(needs=("database", "redis"))
-            deadline = _deadline(settings, headers.get(WANTED_HEADER), self.request.id)
+            deadline = _deadline(settings, headers.get(progress.WANTED_HEADER), self.request.id)
             with _publishing(settings, self.request.id) as report:
                 yield settings, deadline, report
         except BootstrapError as error:
@@ -88,43 +78,43 @@ def _deadline(settings: Settings, chain: str | None, task_id: str) -> Deadline:
     if not chain:
         return Deadline(settings.init_timeout)
     with redis_server.connect(settings.redis) as client:
-        seconds = client.get(wanted_key(chain))
+        seconds = client.get(progress.wanted_key(chain))
     if seconds is None and chain == task_id:
         raise UnwantedError(chain)
     return Deadline(settings.init_timeout if seconds is None else float(seconds))
 
 
 @contextmanager
-def _publishing(settings: Settings, task_id: str) -> Iterator[Report]:
+def _publishing(settings: Settings, task_id: str) -> Iterator[progress.Report]:
     """
     Writes the newest progress, and that this task lives, from a thread of its own: a step never waits for Redis.
 
     Not the worker's main process alone: that does not beat while it connects to a broker that is away, nor while
     it shuts down.
     """
-    newest: list[Progress] = []
+    newest: list[progress.Progress] = []
     ended = Event()
 
     def publish() -> None:
-        written: Progress | None = None
+        written: progress.Progress | None = None
         beat = Deadline(0)
         while not ended.wait(PROGRESS_PAUSE):
-            progress = newest[0] if newest else None
-            if progress == written and not beat.passed:
+            latest = newest[0] if newest else None
+            if latest == written and not beat.passed:
                 continue
             try:
                 with redis_server.connect(settings.redis, answer_timeout=PROGRESS_TIMEOUT) as client:
-                    if progress and progress != written:
-                        client.set(progress_key(task_id), json.dumps(progress.to_dict()), ex=PROGRESS_TTL)
-                    client.set(held_key(task_id), b"1", ex=HELD_TTL)
-                written, beat = progress, Deadline(BEAT)
+                    if latest and latest != written:
+                        client.set(progress.progress_key(task_id), json.dumps(latest.to_dict()), ex=PROGRESS_TTL)
+                    client.set(progress.held_key(task_id), b"1", ex=progress.HELD_TTL)
+                written, beat = latest, Deadline(progress.BEAT)
             except BootstrapError as error:
                 logger.debug("progress was not written: %s", error)
 
     thread = Thread(target=publish, name="progress", daemon=True)
     thread.start()
     try:
-        yield lambda progress: newest.__setitem__(slice(None), [progress])
+        yield lambda latest: newest.__setitem__(slice(None), [latest])
     finally:
         ended.set()
         thread.join(PROGRESS_TIMEOUT)

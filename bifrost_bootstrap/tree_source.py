@@ -12,7 +12,7 @@ import ast
 import configparser
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from bifrost_bootstrap.tree import Alembic, Revision, in_order
@@ -24,16 +24,7 @@ DYNAMIC = {"globals", "vars", "locals", "exec", "eval", "setattr"}
 #: Options of the configuration with which the revisions are not simply the files of `versions`.
 UNUSUAL = {"version_locations", "recursive_version_locations", "sourceless"}
 #: What runs its body more than once; and what runs a function, or a coroutine, that it is given, once.
-REPEATS = (
-    ast.For,
-    ast.AsyncFor,
-    ast.While,
-    ast.comprehension,
-    ast.ListComp,
-    ast.SetComp,
-    ast.DictComp,
-    ast.GeneratorExp,
-)
+REPEATS = (ast.For, ast.AsyncFor, ast.While, ast.comprehension)
 RUNNERS = {"run", "run_sync", "run_until_complete"}
 #: Files of `versions` that Alembic does not take for revisions begin with one of these.
 NO_REVISION = (".#", "__init__")
@@ -134,46 +125,35 @@ def visits_several(env: Path) -> bool:
     """
     Whether this env.py may run the revisions more than once, for several schemas or version tables.
 
-    False only where it is seen that it does not: each function on the way to `run_migrations` is named once, where
-    it is called or given to a runner of coroutines, and not in a loop.
+    False only where it is plain that it does not: no loop, no search path, and each function on the way to
+    `run_migrations` named once, where it is called or given to a runner of coroutines.
     """
     try:
-        module = ast.parse(env.read_bytes())
+        nodes = list(ast.walk(ast.parse(env.read_bytes())))
     except (OSError, RecursionError, SyntaxError, ValueError):
         return True
-    if any(isinstance(node, ast.Constant) and "search_path" in str(node.value) for node in ast.walk(module)):
-        return True
-    functions = {
-        node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
-    rest, seen = ["run_migrations"], set[str]()
-    while rest:
-        name = rest.pop()
-        uses = _uses(module, name, functions)
-        # Offline and online each have one.
-        if not uses or len(uses) > (2 if name == "run_migrations" else 1) or not all(plain for plain, _ in uses):
-            return True
-        seen.add(name)
-        rest += [user for _, user in uses if user and user not in seen]
-    return False
+    repeats = (isinstance(node, REPEATS) or "search_path" in str(getattr(node, "value", "")) for node in nodes)
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    on_the_way = {"run_migrations"}
+    while more := {one.name for one in functions if on_the_way & set(map(_named, ast.walk(one)))} - on_the_way:
+        on_the_way |= more
+    uses = Counter(_named(node) for node in nodes)
+    given = {_named(one) for call in calls if _last_name(call.func) not in RUNNERS for one in call.args}
+    # Offline and online each have one.
+    migrates = uses["run_migrations"] in (1, 2)
+    once = all(uses[name] == 1 for name in on_the_way - {"run_migrations"})
+    return any(repeats) or not migrates or not once or bool(given & on_the_way)
 
 
-def _uses(module: ast.Module, name: str, functions: Mapping[str, ast.AST]) -> list[tuple[bool, str]]:
-    """Where a name is used: whether plainly, and in which function ("" in none)."""
-    within = {id(inner): key for key, function in functions.items() for inner in ast.walk(function)}
-    repeated = {id(inner) for node in ast.walk(module) if isinstance(node, REPEATS) for inner in ast.walk(node)}
-    once: set[int] = set()
-    for node in ast.walk(module):
-        if isinstance(node, ast.Call):
-            once.add(id(node.func))
-            if isinstance(node.func, ast.Attribute) and node.func.attr in RUNNERS:
-                once.update(id(argument) for argument in node.args)
-    return [
-        (id(node) in once - repeated, within.get(id(node), ""))
-        for node in ast.walk(module)
-        if (isinstance(node, ast.Name) and node.id == name)
-        or (isinstance(node, ast.Attribute) and node.attr == name and name not in functions)
-    ]
+def _named(node: ast.AST) -> str:
+    """The name that is used here; of attributes only that of Alembic's function."""
+    name = _last_name(node)
+    return name if isinstance(node, ast.Name) or name == "run_migrations" else ""
+
+
+def _last_name(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def first_line(text: str) -> str:

@@ -111,14 +111,9 @@ def _with_several_hosts(url: str, parameters: Mapping[str, str]) -> str:
     assert found
     user, password, query = (found[part] or "" for part in ("user", "password", "query"))
     credentials = f"{user}:{password}@" if password else f"{user}@" if user else ""
-    hosts = parameters["host"].split(",")
-    ports = parameters.get("port", "5432").split(",")
-    pairs = zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=True)
-    words = [pair for pair in parse_qsl(query, keep_blank_values=True) if pair[0] not in {"host", "port"}]
-    words += [("host", f"{host}:{port or 5432}") for host, port in pairs]
-    if "target_session_attrs" not in dict(words):
-        words.append(("target_session_attrs", parameters["target_session_attrs"]))
-    return f"{scheme}://{credentials}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(words)}"
+    words = dict(parse_qsl(query, keep_blank_values=True))
+    words |= {word: parameters[word] for word in ("host", "port", "target_session_attrs") if word in parameters}
+    return f"{scheme}://{credentials}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(words, safe=',')}"
 
 
 def _libpq_url(text: str) -> str:

@@ -8,8 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from bifrost_bootstrap import cache_diff, module_cache, redis_server
 from bifrost_bootstrap.cache_diff import CacheDiff, Content, RowReader, Snapshot
@@ -17,7 +16,7 @@ from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ShrinkError, UnsettledError
 from bifrost_bootstrap.module_cache import TAIL, CacheStates, Marker, ModuleCache, Stage, Switched
 from bifrost_bootstrap.module_source import WRITER_WAIT, OpenWriter, await_writers
-from bifrost_bootstrap.progress import Progress, Report
+from bifrost_bootstrap.progress import Facts, Progress, Report
 from bifrost_bootstrap.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ READING, COMPARING, STAGING, SWITCHING = "reading the cache", "comparing", "stag
 
 
 @dataclass(frozen=True)
-class WarmResult:
+class WarmResult(Facts):
     """
     What a warm did. Counts of entries; `bytes` of the entries written; `heads` of the database that was warmed from.
 
@@ -74,9 +73,6 @@ class WarmResult:
     source: str = ""
     requirements: str = "none"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def warm(
     settings: Settings, deadline: Deadline, report: Report, *, full: bool = False, allow_shrink: bool = False
@@ -97,9 +93,8 @@ def warm(
         room = redis_server.room_for_writing(client, settings.redis)
         ttl = reader.source.ttl(settings)
         if reader.source.table:
-            logger.info(
-                "modules come from table %s; entries live %s", reader.source.table, f"{ttl:.0f}s" if ttl else "for ever"
-            )
+            life = f"{ttl:.0f}s" if ttl else "for ever"
+            logger.info("modules come from table %s; entries live %s", reader.source.table, life)
         else:
             logger.info("BIFROST_MODULE_SOURCE=none: the module cache is left as it is")
         return _Warm(settings, ModuleCache(client, ttl), reader, room, report, allow_shrink).run(deadline, full)

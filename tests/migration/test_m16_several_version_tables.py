@@ -125,7 +125,7 @@ RUN = "def run(schema):\n    context.run_migrations()\n"
         (RUN + "list(map(run, schemas))", True),
         (RUN + "for_each(run)", True),
         (RUN + "def main():\n    while more():\n        run('x')\nmain()", True),
-        ("for s in names:\n    print(s)\n" + RUN + "run('public')", False),
+        ("for s in names:\n    print(s)\n" + RUN + "run('public')", True),
         (
             "def do(c):\n    context.run_migrations()\nasync def run():\n    await c.run_sync(do)\nasyncio.run(run())",
             False,

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from urllib.parse import urlencode
 
+import celery
 import pytest
+import redis
+from celery.backends.redis import RedisBackend
+from hypothesis import given, strategies as st
 
 from bifrost_bootstrap.errors import SettingsError
+from bifrost_bootstrap.redis_server import celery_url
 from bifrost_bootstrap.settings import load
-from bifrost_bootstrap.urls import REDIS_WORDS
+from bifrost_bootstrap.urls import REDIS_WORDS, parse_redis
 from tests.conftest import RunBootstrap, RunCommand, StartServer
 from tests.servers import RedisServer, RunFolder
 from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
 
 CELERY = (sys.executable, "-m", "celery", "-A", "bifrost_bootstrap")
+ASCII = st.characters(min_codepoint=33, max_codepoint=126)
 #: What each word may be, in a URL that connects.
 VALUES = {
     "db": "3", "max_connections": "20", "health_check_interval": "5", "socket_timeout": "5", "client_name": "me@home",
@@ -94,3 +101,20 @@ def test_s07_other_words_are_refused(variable: str, url: str, words: str) -> Non
     assert f"BIFROST_{variable}_URL" in str(refused.value)
     assert words in str(refused.value)
     assert "hidden" not in str(refused.value)
+
+
+@given(st.data())
+def test_s07_what_is_accepted_is_read_by_both_clients(data: st.DataObject) -> None:
+    """Any words of the table with any values that it allows: redis-py and Celery's backend both read the URL."""
+    tls = data.draw(st.booleans())
+    known = sorted(word for word in REDIS_WORDS if tls or not word.startswith("ssl_"))
+    chosen = data.draw(st.lists(st.sampled_from(known), unique=True))
+    # Files that are not there are another matter, and so is text that no URL can hold.
+    values = {word: data.draw(st.from_regex(REDIS_WORDS[word], fullmatch=True, alphabet=ASCII)) for word in chosen}
+    url = f"{'rediss' if tls else 'redis'}://h:6379/{data.draw(st.sampled_from(['', '0', '7']))}?{urlencode(values)}"
+    settings = load({"redis"}, {"BIFROST_REDIS_URL": url})
+    assert settings.redis_url == url
+    read = redis.Redis.from_url(parse_redis(url)).connection_pool.connection_kwargs
+    assert "ssl_cert_reqs" not in values or read["ssl_cert_reqs"] in {"none", "optional", "required"}
+    backend = RedisBackend(app=celery.Celery(set_as_current=False), url=celery_url(url))
+    assert int(backend.connparams["db"]) == int(read.get("db", 0))
