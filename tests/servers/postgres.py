@@ -213,3 +213,58 @@ def _initdb(cluster: Path, server: PostgresServer) -> None:
     if done.returncode != 0:
         raise RuntimeError(f"initdb ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     unfinished.rename(cluster)
+
+
+class StandbyServer(PostgresServer):
+    """A standby of another server of ours, which follows it from the moment that it is started.
+
+    Args:
+        run: Where its files go.
+        primary: The running server that it follows.
+    """
+
+    kind: ClassVar[str] = "standby"
+
+    def __init__(self, run: RunFolder, primary: PostgresServer) -> None:
+        super().__init__(run)
+        self.primary = primary
+
+    def prepare(self) -> None:
+        if not self._fresh:
+            return
+        self._fresh = False
+        user = self.user()
+        self.data.chmod(0o700)
+        self.hand_over(self.data)
+        subprocess.run(
+            [
+                _programs() / "pg_basebackup",
+                "-D",
+                self.data,
+                "-d",
+                self.primary.admin_url,
+                "-R",
+                "-c",
+                "fast",
+                "-X",
+                "stream",
+            ],
+            check=True,
+            capture_output=True,
+            cwd="/",
+            env=self.environment(),
+            user=None if user is None else user.pw_uid,
+            group=None if user is None else user.pw_gid,
+        )
+
+    def caught_up(self) -> bool:
+        """Whether it has replayed all that its primary has written."""
+        with self.primary.admin() as primary, self.admin() as standby:
+            written = primary.execute("SELECT pg_current_wal_lsn()").fetchone()
+            query = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
+            return bool(written and standby.execute(query, (str(written[0]),)).fetchone() == (True,))
+
+    def promote(self) -> None:
+        """Make it a primary."""
+        with self.admin() as connection:
+            connection.execute("SELECT pg_promote()")
