@@ -65,3 +65,28 @@ def test_m19_revision_that_has_begun(tree: Tree, start_migrate: StartMigrate) ->
     assert failed.code == 1
     assert "revision one (Revision one) failed: KeyError: 'tenant'" in failed.facts["message"]
     assert f"{tree.versions}/one.py, line " in failed.facts["message"]
+
+
+def test_m19_error_that_env_py_catches(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A revision's error that env.py swallows is told as that revision's."""
+    tree.revision("one").revision("two", "raise ValueError('the second')")
+    env = tree.folder / "env.py"
+    env.write_text(
+        env.read_text().replace(
+            "        context.run_migrations()",
+            "        try:\n            context.run_migrations()\n        except Exception as error:\n"
+            "            print('never mind', error)",
+        )
+    )
+    failed = outcome(start_migrate())
+    assert failed.code == 1
+    assert "revision two (Revision two) failed: ValueError: the second" in failed.facts["message"]
+
+
+def test_m19_commit_in_a_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A revision that commits on the connection itself runs and is not recorded: it is named, and how that came."""
+    tree.revision("one").revision("two", "op.get_bind().commit()")
+    failed = outcome(start_migrate())
+    assert failed.code == 1
+    assert "revision two (Revision two) failed: " in failed.facts["message"]
+    assert "commit" in failed.facts["message"]
