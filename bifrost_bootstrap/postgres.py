@@ -35,7 +35,7 @@ ENCODING = {"client_encoding": "UTF8"}
 REFUSALS = (
     "authentication failed", "auth failed", "no password supplied", "does not exist", "no such database",
     "no such user", "no pg_hba.conf entry", "pg_hba.conf rejects", "not permitted", "permission denied",
-    "not currently accepting", "does not support SSL", "invalid sslmode", "unsupported startup parameter",
+    "not currently accepting", "invalid sslmode", "unsupported startup parameter",
     "bouncer config error",
 )  # fmt: skip
 
