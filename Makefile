@@ -65,6 +65,10 @@ test-platform: venv ## against the real platform: PLATFORM=checkout PLATFORM_PYT
 	@PLATFORM="$(PLATFORM)" PLATFORM_PYTHON="$(PLATFORM_PYTHON)" PLATFORM_FROM="$(PLATFORM_FROM)" \
 		$(PYTHON) -m pytest --timeout=1200 tests/platform $(PYTEST_ARGS)
 
+.PHONY: test-debian13
+test-debian13: ## make demo and make test on Debian 13, in a root of its own (needs root and debootstrap) [BIND=folders]
+	@BIND="$(BIND)" ROOT="$(ROOT)" TARGETS="$(TARGETS)" tools/debian13
+
 .PHONY: soak
 soak: venv ## live writers, restarts and re-warms, for a long time
 	tools/test-servers

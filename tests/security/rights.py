@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -82,11 +83,23 @@ class Rights:
             "PGPASSWORD": PLANTED_PASSWORD,
             "PGDATABASE": self.deployment.database.name,
         }
-        done = subprocess.run(
-            ["sh", "-euc", block], env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
-        )
+        done = _run(["sh", "-euc", block], environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert not re.search("(?m)^(ERR|WRONG|NOPERM)", done.stdout), done.stdout
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command; what it has started ends with it, also where it takes too long."""
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @contextmanager
