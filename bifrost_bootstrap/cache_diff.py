@@ -16,6 +16,7 @@ from bifrost_bootstrap.module_cache import CacheStates, ModuleCache
 from bifrost_bootstrap.module_source import ModuleSource, OpenWriter
 from bifrost_bootstrap.postgres import Connection
 from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.urls import PostgresUrl
 
 _COMPUTED_HASH: LiteralString = "encode(sha256(convert_to(content, 'UTF8')), 'hex')"
 #: `content_hash` is trusted where it is this many of these. (A regular expression in the query would take longer
@@ -103,6 +104,8 @@ class CacheDiff:
         return ", ".join(parts) or "no difference"
 
 
+#: SQLSTATE of bytes that are no text in the encoding of the connection.
+_NOT_IN_ENCODING = "22021"
 #: For the transaction: rows that a policy would hide are an error, and a role's limit is not meant for a warm.
 _FOR_ALL_ROWS: LiteralString = (
     "SELECT set_config('row_security', 'off', true), set_config('statement_timeout', '0', true)"
@@ -207,8 +210,23 @@ def row_reader(settings: Settings, *, answer_timeout: float | None = None) -> It
         except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.InsufficientPrivilege):
             raise
         except psycopg.Error as error:
+            odd = f", row {_undecodable(url, source)!r}" if source and error.sqlstate == _NOT_IN_ENCODING else ""
             table = source.table if source else ""
-            raise WarmError(f"table {table} of {url}: {error.diag.message_primary or error}") from error
+            raise WarmError(f"table {table} of {url}{odd}: {error.diag.message_primary or error}") from error
+
+
+def _undecodable(url: PostgresUrl, source: ModuleSource) -> str:
+    """The path of the first module that is not UTF-8; a database of the encoding SQL_ASCII takes anything."""
+    with postgres.connect(url, "warm") as connection, connection.cursor(binary=True) as cursor:
+        _take_bytes(cursor)
+        cursor.execute("SET client_encoding TO 'SQL_ASCII'")
+        rows: Iterator[Any] = cursor.stream(f"SELECT path, content{source.from_where}")
+        for path, content in rows:
+            try:
+                (path + content).decode()
+            except UnicodeDecodeError:
+                return str(path.decode(errors="replace"))
+    return "that has gone meanwhile"
 
 
 def trusted(said: bytes | None) -> bytes | None:

@@ -21,7 +21,8 @@ class SchemaState:
     Where the database stands, seen from this tree.
 
     verdict: "at_head", "empty" (no version is recorded), "behind", "unknown_revision" (a newer image was here,
-    or a foreign one), "several_heads", "empty_tree". `ready` also where the operator allows to be ahead.
+    or a foreign one), "several_heads", "overlapping_heads" (a revision and its ancestor), "empty_tree". `ready` also
+    where the operator allows to be ahead.
     """
 
     verdict: str
@@ -56,6 +57,13 @@ class SchemaState:
                     f"the tree has the heads {', '.join(self.heads)} and not each is a branch with a label of its own",
                     f"merge them: alembic merge -m 'merge heads' {' '.join(self.heads)}",
                 )
+            case "overlapping_heads":
+                return SchemaError(
+                    self.verdict,
+                    f"the database is at {', '.join(self.database_heads)}, of which one builds on another; Alembic "
+                    "upgrades from no such state",
+                    "delete the rows of the version table that others build on",
+                )
             case "empty_tree":
                 todo = "check BIFROST_ALEMBIC_CONFIG and what the image holds"
                 return SchemaError(self.verdict, "the tree has no revision", todo)
@@ -74,6 +82,8 @@ def judge(tree: Tree, database_heads: Iterable[str], *, allow_ahead: bool) -> Sc
     pending = tuple(tree.pending(database))
     if not pending:
         return SchemaState("at_head", tree.heads, database, ready=True)
+    if any(one in tree.upto({*database} - {one}, depends=False) for one in database):
+        return SchemaState("overlapping_heads", tree.heads, database)
     return SchemaState("behind" if database else "empty", tree.heads, database, pending)
 
 

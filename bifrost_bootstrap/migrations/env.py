@@ -21,8 +21,10 @@ def run_online() -> None:
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     url = url.difference_update_query(url.query.keys() - known)
 
-    # Behind a transaction pooler the next statement may reach a server session that knows no prepared one.
-    engine = create_engine(url, poolclass=NullPool, connect_args={"prepare_threshold": None})
+    # Behind a transaction pooler the next statement may reach a server session that knows no prepared one. In a
+    # database of the encoding SQL_ASCII SQLAlchemy would be given bytes.
+    options = {"prepare_threshold": None, "client_encoding": "UTF8"}
+    engine = create_engine(url, poolclass=NullPool, connect_args=options)
     with engine.connect() as connection:
         context.configure(connection=connection, transaction_per_migration=True)
         with context.begin_transaction():

@@ -121,6 +121,31 @@ def test_i12_row_level_security(database: Database, run_bootstrap: RunBootstrap,
     assert (code, "row-level security policy" in message) == (78, True), message
 
 
+def test_i12_row_in_another_encoding(
+    database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
+) -> None:
+    """A database that takes any bytes, and a module in Latin-1: its path is named."""
+    name = f"{database.name}_ascii"
+    as_superuser(
+        database,
+        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C' OWNER bifrost",
+    )
+    ascii_database = Database(database.server, name)
+    env = bifrost_env | {"BIFROST_DATABASE_URL": ascii_database.url}
+    try:
+        assert run_bootstrap("init", "--with-worker", env=env).returncode == 0
+        ascii_database.execute(
+            "INSERT INTO workspace_files (path, content, entity_type) VALUES ('fine.py', 'x', 'module'),"
+            " ('old.py', '# gr' || convert_from(decode('fc', 'hex'), 'SQL_ASCII') || 'n', 'module')"
+        )
+        code, message = told(run_bootstrap("init", "--with-worker", "--json", env=env))
+    finally:
+        database.server.drop_database(ascii_database)
+    assert code == 2, message
+    assert "row 'old.py'" in message
+    assert "0xfc" in message
+
+
 # --------------------------------------------------------------------------------------------------------- RabbitMQ
 
 

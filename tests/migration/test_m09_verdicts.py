@@ -146,3 +146,15 @@ def objects(database: Database) -> list[tuple[Any, ...]]:
     )
     versions = recorded(database) if any(table == "alembic_version" for table, _ in tables) else []
     return [*tables, *[(version,) for version in versions]]
+
+
+def test_m09_revision_and_its_own_ancestor(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Alembic upgrades from no such version table: 1 before any DDL, and the row that is too many is told."""
+    tree.revision("one").revision("two")
+    assert outcome(start_migrate()).code == 0
+    tree.revision("three")
+    database.execute("INSERT INTO alembic_version VALUES ('one')")
+    done = outcome(start_migrate())
+    assert (done.code, done.facts["error"]) == (1, "SchemaError")
+    assert "at one, two, of which one builds on another" in done.facts["message"]
+    assert "rows of the version table" in done.facts["remedy"]

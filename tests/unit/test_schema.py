@@ -28,6 +28,7 @@ EMPTY = tree_of()
         (LINEAR, [], False, "empty", ["1", "2"], False),
         (LINEAR, ["1"], False, "behind", ["2"], False),
         (LINEAR, ["2"], False, "at_head", [], True),
+        (LINEAR, ["1", "2"], False, "at_head", [], True),
         (LINEAR, ["9"], False, "unknown_revision", [], False),
         (LINEAR, ["9"], True, "unknown_revision", [], True),
         (LINEAR, ["1", "9"], False, "unknown_revision", [], False),
