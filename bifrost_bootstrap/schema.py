@@ -95,7 +95,7 @@ def look(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
     with several version tables TreeError.
     """
     table = settings.alembic_version_table
-    state = _read(url, tree, settings, table)
+    state = _states(url, tree, settings, table)[0]
     if state.verdict == "unknown_revision":
         # Perhaps another application's. Where the tree cannot tell, the revision is what there is to be told.
         with suppress(TreeError):
@@ -103,15 +103,16 @@ def look(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
             if written and not any(_same_table(table, one) for one in written):
                 raise VersionTableError(table, written[0])
     elif state.ready and tree.several:
-        states = (_read(url, tree, settings, one) for one in version_tables(tree.alembic, url.as_written))
+        states = _states(url, tree, settings, *version_tables(tree.alembic, url.as_written))
         return next((one for one in states if not one.ready), state)
     return state
 
 
-def _read(url: PostgresUrl, tree: Tree, settings: Settings, table: str) -> SchemaState:
+def _states(url: PostgresUrl, tree: Tree, settings: Settings, *tables: str) -> list[SchemaState]:
+    """Where the database stands, by each of these version tables."""
     with postgres.connect(url, "schema", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
-        heads = postgres.database_heads(connection, table)
-    return judge(tree, heads, allow_ahead=settings.allow_ahead)
+        heads = [postgres.database_heads(connection, table) for table in tables]
+    return [judge(tree, one, allow_ahead=settings.allow_ahead) for one in heads]
 
 
 def _same_table(configured: str, written: str) -> bool:
