@@ -256,3 +256,33 @@ def test_m18_isolation_too_late(place: Place) -> None:
     place.tree(env=ONE_EACH, bodies={"a1": "pass", "a2": late})
     done = place.migrate()
     assert (done.code, "must be called before any query" in done.facts["message"]) == (1, True)
+
+
+# ---------------------------------------------------------------------------------------------------------- bases
+
+
+def test_m18_independent_bases(place: Place) -> None:
+    """A trunk without a label, and a plugin with a base, a label and a dependency of its own."""
+    place.write({"alembic.ini": INI.format(location="alembic")})
+    place.tree()
+    plugin = REVISION.format(name="p1", down=None, body="pass")
+    place.write({"alembic/versions/p1.py": plugin + "branch_labels = ('plugin',)\ndepends_on = ('a1',)\n"})
+    plain = place.plain("upgrade", "heads")
+    assert plain.returncode == 0, plain.stderr
+    heads = recorded(place.database)
+    place.database.execute("DROP SCHEMA public CASCADE")
+    place.database.execute("CREATE SCHEMA public")
+    done = place.migrate()
+    assert done.code == 0, done.log
+    assert recorded(place.database) == heads
+    assert applied(place.database) == {"a1": 1, "a2": 1, "p1": 1}
+    assert place.migrate().facts["verdict"] == "at_head"
+
+
+def test_m18_two_heads_of_one_base(place: Place) -> None:
+    """Without labels they are an accident, and are refused as before."""
+    place.write({"alembic.ini": INI.format(location="alembic")})
+    place.tree()
+    place.write({"alembic/versions/a3.py": REVISION.format(name="a3", down="a1", body="pass")})
+    done = place.migrate()
+    assert (done.code, "alembic merge" in done.facts["remedy"]) == (1, True)

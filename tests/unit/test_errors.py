@@ -6,7 +6,13 @@ import json
 import re
 from typing import Any
 
+import amqp.exceptions
+import billiard.exceptions
+import celery.exceptions
+import kombu.exceptions
+import psycopg
 import pytest
+import redis
 from celery import Celery
 from celery.backends.base import Backend
 
@@ -183,3 +189,34 @@ def test_tiny_secret_does_not_blot_out_words(monkeypatch: pytest.MonkeyPatch) ->
     remember_secret("a")
     remember_secret("")
     assert masked("a banana at redis://:a@h") == "a banana at redis://:***@h"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        psycopg.errors.UndefinedFunction("no such function"),
+        psycopg.ProgrammingError("the connection is closed"),
+        redis.exceptions.InvalidResponse("what is that"),
+        redis.exceptions.DataError("no"),
+        amqp.exceptions.FrameSyntaxError("frame"),
+        amqp.exceptions.NotAllowed("limit"),
+        kombu.exceptions.DecodeError("json"),
+        kombu.exceptions.OperationalError("gone"),
+        celery.exceptions.BackendStoreError("result"),
+        billiard.exceptions.WorkerLostError("signal 9"),
+        ConnectionResetError("reset"),
+        TimeoutError("timed out"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_answer_of_a_server_is_no_bug(error: Exception) -> None:
+    """What a client library raises, and what nobody has translated, is 69 with its words."""
+    told = errors.unexpected(error, f"{type(error).__name__}: {error}")
+    assert told.exit_code is ExitCode.UNAVAILABLE
+    assert str(error) in str(told)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), AssertionError("x")])
+def test_bug_is_a_bug(error: Exception) -> None:
+    """What our own code raises is not put on a server."""
+    assert errors.unexpected(error, str(error)).exit_code is ExitCode.BUG
