@@ -183,7 +183,7 @@ class Guard:
             parameters.setdefault("prepared_statement_name_func", lambda: f"bifrost_{uuid.uuid4().hex}")
 
     def on_begin(self, connection: Connection) -> None:
-        if connection.info.pop(ENDED, False):
+        if connection.info.pop(ENDED, False) and not wants_autocommit(connection):
             connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
         if self.foreign(connection) is not None or autocommits(connection):
             return
@@ -212,7 +212,7 @@ class Guard:
         if not autocommits(connection) and not in_transaction(connection):
             forget_transaction(connection)
             connection.info[ENDED] = True
-        if connection.info.get(ENDED):
+        if connection.info.get(ENDED) and not wants_autocommit(connection):
             self.choose_transaction(connection, statement)
         if not autocommits(connection):
             self.before_statement(connection, statement)
@@ -361,10 +361,13 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def wants_autocommit(connection: Connection) -> bool:
+    """Whether the tree has said so to SQLAlchemy: an `autocommit_block`."""
+    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+
+
 def autocommits(connection: Connection) -> bool:
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        return True
-    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+    return wants_autocommit(connection) or bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def in_transaction(connection: Connection) -> bool:

@@ -210,3 +210,19 @@ def test_m15_index_between_two_statements(database: Database, tree: Tree, start_
     assert index_states(database) == {"ix": True}
     assert database.execute("SELECT to_regclass('after')") == [(None,)]
     assert database.execute("SELECT kind::text FROM kinds") == [("system",)]
+
+
+def test_m15_autocommit_block_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Both ways in one revision: in the block each statement is on its own, behind it there is a transaction."""
+    body = ADD_VALUE + (
+        "    with op.get_context().autocommit_block():\n"
+        "        op.execute('CREATE TABLE inside (id int)')\n"
+        "        op.execute('CREATE INDEX CONCURRENTLY ix ON inside (id)')\n"
+        "    op.execute('CREATE TABLE behind (id int)')\n    op.execute('SELECT 1 / 0')"
+    )
+    tree.revision("commits", body)
+    failed = outcome(start(start_migrate, tree))
+    assert (failed.code, "division by zero" in failed.facts["message"]) == (1, True), failed.facts
+    assert database.execute("SELECT kind::text FROM kinds") == [("system",)]
+    assert database.execute("SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix'::regclass") == [(True,)]
+    assert database.execute("SELECT to_regclass('inside')::text, to_regclass('behind')") == [("inside", None)]
