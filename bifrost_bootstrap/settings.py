@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -174,6 +173,9 @@ def has_tree(file: Path) -> bool:
         return False
     if file.name != PYPROJECT.name:
         return True
+    # Only here: importing it takes 6 ms, and hardly any working folder of a container has such a file.
+    import tomllib
+
     try:
         return "alembic" in tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
     except (OSError, ValueError):

@@ -33,11 +33,13 @@ def load(settings: Settings) -> Tree:
     section = settings.alembic_name or "alembic"
     named = [f"--name={settings.alembic_name}"] if settings.alembic_name else []
     options = (*named, *(f"-x{pair}" for pair in settings.alembic_x))
-    folder = _working_folder(config, section)
+    location, plain = script_location(config, section)
+    folder = _working_folder(config, location)
     alembic = Alembic(settings.alembic_python or sys.executable, folder, config, options)
     # A pyproject.toml in the working folder has a say in what the ini leaves out.
-    revisions = None if environment.has_tree(folder / environment.PYPROJECT) else read_source(alembic, section)
-    env = folder / script_location(config, section) / "env.py"
+    readable = plain and location and not environment.has_tree(folder / environment.PYPROJECT)
+    revisions = read_source(folder / location / "versions") if readable else None
+    env = folder / location / "env.py"
     if revisions is None:
         revisions, env = _described(alembic)
     return Tree(alembic, why, {revision.revision: revision for revision in revisions}, visits_several(env))
@@ -57,10 +59,9 @@ def _find(settings: Settings) -> tuple[Path, str]:
     raise SettingsError([environment.NO_TREE])
 
 
-def _working_folder(config: Path, section: str) -> Path:
+def _working_folder(config: Path, location: str) -> Path:
     """Where Alembic runs: in ours, as if it were typed there; in that of the ini file where only there the tree is."""
-    location = script_location(config, section)
-    folders = (Path.cwd(), config.parent)
+    folders = (Path.cwd(), config.parent) if location else ()
     return next((folder for folder in folders if (folder / location / "env.py").is_file()), Path.cwd())
 
 

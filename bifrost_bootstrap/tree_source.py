@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bifrost_bootstrap.tree import Alembic, Revision, in_order
+from bifrost_bootstrap.tree import Revision, in_order
 
 #: What Alembic reads of a revision's file.
 VARIABLES = ("revision", "down_revision", "depends_on", "branch_labels")
@@ -30,15 +30,13 @@ RUNNERS = {"run", "run_sync", "run_until_complete"}
 NO_REVISION = (".#", "__init__")
 
 
-def read_source(alembic: Alembic, section: str) -> list[Revision] | None:
+def read_source(versions: Path) -> list[Revision] | None:
     """
-    The revisions of the tree whose options stand in this section of its ini file.
+    The revisions in this folder of a script directory.
 
     None where only Alembic itself can tell, also what is wrong with the tree.
     """
-    location = script_location(alembic.config, section)
-    versions = alembic.folder / location / "versions" if location else None
-    if versions is None or not versions.is_dir():
+    if not versions.is_dir():
         return None
     files = [file for file in sorted(versions.glob("*.py")) if not file.name.startswith(NO_REVISION)]
     revisions: dict[str, Revision] = {}
@@ -55,18 +53,23 @@ def read_source(alembic: Alembic, section: str) -> list[Revision] | None:
     return list(revisions.values()) if plain and len(applicable) == len(revisions) else None
 
 
-def script_location(config: Path, section: str) -> str:
-    """The script location of an ini file; "" where it is no ini file, or not plain."""
+def script_location(config: Path, section: str) -> tuple[str, bool]:
+    """
+    The script location in this section of an ini file, and whether its revisions are simply the files of `versions`.
+
+    The location is "" where it is no ini file, or one that only Alembic can read.
+    """
     # RawConfigParser and not Alembic's interpolation: of the values only `%(here)s` is read here.
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(config.read_text(encoding="utf-8"))
         options = dict(parser[section])
     except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
-        return ""
+        return "", False
     location = options.get("script_location", "").replace("%(here)s", str(config.parent))
-    unusual = ":" in location or "%" in location or UNUSUAL & options.keys()
-    return "" if unusual else location
+    if ":" in location or "%" in location:
+        return "", False
+    return location, not UNUSUAL & options.keys()
 
 
 def _read_revision(file: Path) -> Revision | None:

@@ -217,6 +217,16 @@ def test_script_location_is_relative_to_the_configuration(
     assert load("alembic.ini", NO_PYTHON).heads == in_alembics_eyes(config)[1] == ("1",)
 
 
+def test_unusual_tree_is_found_from_any_folder(
+    make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative location counts from the folder of the configuration where only there a tree is, sourceless or not."""
+    config = make_tree({"1.py": revision("1")}, "script_location = scripts\nrecursive_version_locations = true")
+    monkeypatch.chdir("/")
+    assert load(config).alembic.folder == tmp_path
+    assert load(config).heads == ("1",)
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

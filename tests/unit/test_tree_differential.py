@@ -10,7 +10,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from hypothesis import given, settings, strategies as st
 
-from bifrost_bootstrap.tree import Alembic, Revision
+from bifrost_bootstrap.tree import Revision
 from bifrost_bootstrap.tree_source import read_source
 
 NAMES = st.sampled_from(["1", "2", "3", "a1", "b_2", "ü"])
@@ -81,7 +81,7 @@ def test_our_reading_is_alembics(sources: dict[str, str]) -> None:
         versions.mkdir()
         for name, text in sources.items():
             (versions / name).write_text(text, encoding="utf-8")
-        ours = read_source(Alembic("python", Path(folder), config), "alembic")
+        ours = read_source(versions)
         if ours is not None:
             read = {
                 one.revision: Revision(one.revision, one.title, one.down, one.depends_on, tuple(sorted(one.labels)))
