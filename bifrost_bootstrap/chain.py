@@ -157,7 +157,7 @@ def _publish_to_nobody(connection: Any) -> None:
     Publish a message that no queue gets: a broker with an alarm says so only to who has published.
 
     It takes the first message of each connection and answers nothing after that, so whoever goes on trying fills the
-    queue. After this an answer of it, or none, is an error at once.
+    queue. Where it has an alarm, the next wait for an answer on this connection raises RuntimeError at once.
     """
 
     def on_blocked(_reason: str) -> None:
@@ -201,14 +201,10 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
     if status in ("FAILURE", "REVOKED") and isinstance(result, dict):
         name, arguments = result.get("exc_type", ""), result.get("exc_message", [])
         arguments = arguments if isinstance(arguments, list) else [arguments]
-        error = (
-            errors.TimeLimitError("--time-limit or task_time_limit")
-            if name == "TimeLimitExceeded"
-            else errors.rebuild(name, arguments)
-        )
+        error = errors.rebuild(name, arguments, result.get("exc_module") or "")
         if name in _LOST:
             return TaskState(status, lost=_LOST[name])
-        if isinstance(error, errors.UnavailableError) or name in _UNDONE or _tells_of_server(result, error):
+        if isinstance(error, errors.UnavailableError) or name in _UNDONE:
             return TaskState(status, undone=_UNDONE.get(name, str(error)))
         return TaskState(status, error=error)
     return TaskState(
@@ -217,10 +213,6 @@ def _state(meta: bytes | None, held: bytes | None, progress: bytes | None) -> Ta
         _progress(progress),
         result=result if status == "SUCCESS" and isinstance(result, dict) else {},
     )
-
-
-def _tells_of_server(result: dict[str, Any], error: errors.BootstrapError) -> bool:
-    return isinstance(error, errors.InternalError) and errors.tells_of_server(result.get("exc_module") or "")
 
 
 def _json_object(stored: bytes | None) -> dict[str, Any] | None:

@@ -352,9 +352,17 @@ def unexpected(error: BaseException, words: str) -> BootstrapError:
     return InternalError(words)
 
 
-def rebuild(name: str, args: Sequence[Any]) -> BootstrapError:
-    """The error of class `name` with these facts; an `InternalError` naming both where it is not one of ours."""
+def rebuild(name: str, args: Sequence[Any], module: str = "") -> BootstrapError:
+    """
+    The error of class `name` with these facts.
+
+    Where it is not one of ours, what an exception of that module ends in (see `unexpected`), naming class and facts.
+    """
     cls = globals().get(name)
     if isinstance(cls, type) and issubclass(cls, BootstrapError) and len(args) == len(cls.facts):
         return cls(*args)
-    return InternalError(f"{name}: {', '.join(map(str, args))}")
+    if name == "TimeLimitExceeded":
+        # Stored by the worker's main process, which has killed the one of the task.
+        return TimeLimitError("--time-limit or task_time_limit")
+    words = f"{name}: {', '.join(map(str, args))}"
+    return UnavailableError("a server", words) if tells_of_server(module) else InternalError(words)

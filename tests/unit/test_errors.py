@@ -220,3 +220,20 @@ def test_answer_of_a_server_is_no_bug(error: Exception) -> None:
 def test_bug_is_a_bug(error: Exception) -> None:
     """What our own code raises is not put on a server."""
     assert errors.unexpected(error, str(error)).exit_code is ExitCode.BUG
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "error"),
+    [
+        ("NotAllowed", "amqp.exceptions", errors.UnavailableError),
+        ("OperationalError", "kombu.exceptions", errors.UnavailableError),
+        ("TimeLimitExceeded", "billiard.exceptions", errors.TimeLimitError),
+        ("KeyError", "builtins", InternalError),
+        ("NotAllowed", "", InternalError),
+    ],
+)
+def test_stored_failure_of_a_library_is_no_bug(name: str, module: str, error: type[BootstrapError]) -> None:
+    """What a worker's libraries stored as a task's failure is told as a server's answer, with its words."""
+    told = rebuild(name, ["the words"], module)
+    assert type(told) is error
+    assert "the words" in str(told) or error is errors.TimeLimitError
