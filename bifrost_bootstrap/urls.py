@@ -100,6 +100,8 @@ def parse_postgres(text: str) -> PostgresUrl:
     if "," in parameters.get("host", ""):
         # Of several servers the one that may be written to is meant, whichever that is by now.
         parameters.setdefault("target_session_attrs", "primary")
+        # libpq has a default for each, asyncpg for none.
+        parameters["port"] = ",".join(port or "5432" for port in parameters.get("port", "5432").split(","))
         as_written = _with_several_hosts(as_written, parameters)
     return PostgresUrl(as_written, parameters)
 

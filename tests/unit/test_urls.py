@@ -215,3 +215,19 @@ def test_a_broker_without_tls_is_left_alone(url: str) -> None:
 def test_tls_of_a_broker(url: str, plain: str, files: dict[str, str]) -> None:
     """Certificate and host name are checked, whatever the URL says; the files it names become Celery's."""
     assert amqp_tls(url) == (plain, {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": "h", **files})
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "asyncpg"])
+@pytest.mark.parametrize("hosts", ["one:5433,two:5434", "one,two:5434", "one,two"])
+def test_several_hosts_are_read_by_every_driver(driver: str, hosts: str) -> None:
+    """Several hosts in one address, with and without ports; the primary is meant."""
+    url = parse_postgres(f"postgresql+{driver}://u:p%40w@{hosts}/d?application_name=x")
+    written = sqlalchemy.make_url(url.as_written)
+    _, options = written.get_dialect()().create_connect_args(written)
+    ports = [(host + ":5432").split(":")[1] for host in hosts.split(",")]
+    if driver == "asyncpg":
+        assert (options["host"], options["port"]) == (["one", "two"], [int(port) for port in ports])
+    else:
+        assert (options["host"], options["port"]) == ("one,two", ",".join(ports))
+    assert (options["password"], options["target_session_attrs"]) == ("p@w", "primary")
+    assert url.parameters["port"] == ",".join(ports)
