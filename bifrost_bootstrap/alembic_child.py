@@ -184,7 +184,7 @@ class Guard:
 
     def on_begin(self, connection: Connection) -> None:
         if connection.info.pop(ENDED, False) and not wants_autocommit(connection):
-            connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
+            dbapi(connection).autocommit = False
         if self.foreign(connection) is not None or autocommits(connection):
             return
         self.join_lock(connection)
@@ -244,30 +244,33 @@ class Guard:
                 self.join_lock(connection)
         # What the tree does past SQLAlchemy is not seen here, and must not be taken back.
         elif fresh and ask(connection, "SELECT pg_current_xact_id_if_assigned() IS NULL")[0]:
-            connection.connection.dbapi_connection.rollback()  # type: ignore[union-attr]
+            dbapi(connection).rollback()
             connection.info[UNBOUND] = True
 
     def choose_transaction(self, connection: Connection, statement: str) -> None:
         """Behind an end by hand: one transaction for what can be in one, and none for what cannot."""
-        session: Any = connection.connection.dbapi_connection
         if NO_TRANSACTION.match(statement):
-            if in_transaction(connection):
-                self.prove(connection)
-                session.commit()
-            session.autocommit = True
-        elif session.autocommit or not in_transaction(connection):
-            session.autocommit = False
-            self.join_lock(connection)
+            self.commit_open(connection)
+            dbapi(connection).autocommit = True
+        elif dbapi(connection).autocommit or not in_transaction(connection):
+            self.begin_anew(connection)
 
     def begin_next(self, connection: Connection) -> None:
         """A revision begins: where the last one ended the transaction by hand, record that one and begin another."""
         if connection.info.pop(ENDED, False):
-            session: Any = connection.connection.dbapi_connection
-            if in_transaction(connection):
-                self.prove(connection)
-                session.commit()
-            session.autocommit = False
-            self.join_lock(connection)
+            self.commit_open(connection)
+            self.begin_anew(connection)
+
+    def commit_open(self, connection: Connection) -> None:
+        """Commit past SQLAlchemy what the driver has open, if anything, with the lock proven."""
+        if in_transaction(connection):
+            self.prove(connection)
+            dbapi(connection).commit()
+
+    def begin_anew(self, connection: Connection) -> None:
+        """Begin a transaction past SQLAlchemy, tied to the lock."""
+        dbapi(connection).autocommit = False
+        self.join_lock(connection)
 
     def run_loose(self, method: str, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
         """
@@ -278,17 +281,7 @@ class Guard:
         transaction around it has neither, and is one exchange.
         """
         connection = context.root_connection
-        if (
-            connection.dialect.driver == "asyncpg"
-            and not autocommits(connection)
-            and (end := END_ALONE.match(statement))
-        ):
-            # In one exchange, as asyncpg's own: what is prepared for it would stay at a pooler.
-            session: Any = connection.connection.dbapi_connection
-            try:
-                session.run_async(lambda driver: driver.execute("COMMIT;" if end["commit"] else "ROLLBACK;"))
-            except Exception as error:
-                session._handle_exception(error)
+        if end_by_asyncpg(connection, statement):
             return True
         loose = loose_asyncpg(connection)
         if loose is None or loose._connection.is_in_transaction() or self.foreign(connection) is not None:
@@ -380,9 +373,28 @@ def in_transaction(connection: Connection) -> bool:
     return info is None or int(info.transaction_status) != 0
 
 
+def dbapi(connection: Connection) -> Any:
+    """The driver's connection, as SQLAlchemy adapts it."""
+    return connection.connection.dbapi_connection
+
+
+def end_by_asyncpg(connection: Connection, statement: str) -> bool:
+    """Run a statement that ends a transaction by hand, with asyncpg in one exchange; False where it is none of that."""
+    end = END_ALONE.match(statement)
+    if not end or connection.dialect.driver != "asyncpg" or autocommits(connection):
+        return False
+    session = dbapi(connection)
+    try:
+        # Prepared as any other statement it would leave something at a pooler.
+        session.run_async(lambda driver: driver.execute("COMMIT;" if end["commit"] else "ROLLBACK;"))
+    except Exception as error:
+        session._handle_exception(error)
+    return True
+
+
 def forget_transaction(connection: Connection) -> None:
     """Where the driver still believes in a transaction that was ended by hand, have it begin another."""
-    session: Any = connection.connection.dbapi_connection
+    session = dbapi(connection)
     if connection.dialect.driver == "asyncpg":
         # Not by its own commit: behind a pooler that would reach another session.
         session._transaction = None
@@ -544,6 +556,14 @@ def where_found(connection: Connection, table: str) -> str:
     return found[0] or ""
 
 
+def read_only() -> None:
+    """From now on every transaction of env.py may only read."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY"))
+
+
 def version_tables(config: Config, script: ScriptDirectory) -> list[str]:
     """Where env.py keeps its versions, `schema.table` each: run as by `alembic current`, and nothing is written."""
     from alembic.runtime.environment import EnvironmentContext
@@ -556,7 +576,7 @@ def version_tables(config: Config, script: ScriptDirectory) -> list[str]:
         # What env.py makes before it looks, in a transaction that may only read.
         return ("SELECT 1", ()) if WRITES.match(statement) else (statement, parameters)
 
-    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY"))
+    read_only()
     event.listen(Engine, "before_cursor_execute", without_writing, retval=True)
     found: list[str] = []
 
@@ -576,10 +596,8 @@ def version_tables(config: Config, script: ScriptDirectory) -> list[str]:
 def pending_sql(config: Config, script: ScriptDirectory, heads: list[str]) -> str:
     """What an upgrade from these heads would run; nothing is run, and where env.py connects, nothing can be written."""
     from alembic.runtime.environment import EnvironmentContext
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
 
-    event.listen(Engine, "begin", lambda connection: run(connection, "SET TRANSACTION READ ONLY"))
+    read_only()
     config.output_buffer = io.StringIO()
 
     def steps(found: Any, _context: MigrationContext) -> Any:
