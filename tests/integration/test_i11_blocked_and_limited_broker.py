@@ -12,14 +12,10 @@ import pytest
 
 from tests.conftest import RunBootstrap, StartServer
 from tests.servers import Rabbitmq, RabbitmqServer, RunFolder
+from tests.servers.rabbitmq import vhost_of
 
 #: Seconds of the deadline, and what a look that has begun before it may take longer.
 DEADLINE, GRACE = 12, 10
-
-
-def vhost_of(url: str) -> str:
-    """The virtual host of a URL."""
-    return url.rpartition("/")[2]
 
 
 def assert_unavailable(run_bootstrap: RunBootstrap, env: dict[str, str], *words: str) -> None:

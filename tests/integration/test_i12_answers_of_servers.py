@@ -18,6 +18,7 @@ import redis
 from tests.conftest import RunBootstrap, StartCommand, StartServer
 from tests.migration.steps import Tree
 from tests.servers import Database, PostgresServer, Rabbitmq, RabbitmqServer, RedisServer, RunFolder
+from tests.servers.rabbitmq import vhost_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -160,11 +161,6 @@ def permissions(rabbitmq: Rabbitmq, vhost: str, configure: str, write: str, read
         yield
     finally:
         rabbitmq.evaluate(change.format(user, vhost, ".*", ".*", ".*"))
-
-
-def vhost_of(url: str) -> str:
-    """The virtual host of a URL."""
-    return url.rpartition("/")[2]
 
 
 @pytest.mark.faults

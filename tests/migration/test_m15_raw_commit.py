@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
-from threading import Event, Thread
 
-import psycopg
 import pytest
 
 from tests.migration.conftest import StartMigrate, StartPool
 from tests.migration.steps import Barrier, Tree, applied, barrier, index_states, outcome
 from tests.servers import Command, Database
+from tests.servers.pgbouncer import busy_clients
 
 #: Runs all revisions in one transaction, as the platform's env.py does.
 ENV = """
@@ -143,23 +142,8 @@ def test_m15_behind_a_busy_pooler(
     tree.revision("commits", ADD_VALUE)
     for number in range(BEHIND):
         tree.revision(f"r{number}", f"op.execute('CREATE TABLE t{number} (id int)')")
-    stop = Event()
-
-    def work() -> None:
-        with psycopg.connect(url, prepare_threshold=None) as connection:
-            while not stop.is_set():
-                with connection.transaction():
-                    connection.execute("SELECT count(*) FROM pg_class")
-
-    clients = [Thread(target=work) for _ in range(3)]
-    for client in clients:
-        client.start()
-    try:
+    with busy_clients(url):
         done = outcome(start(start_migrate, tree, BIFROST_DATABASE_URL=url))
-    finally:
-        stop.set()
-        for client in clients:
-            client.join()
     assert done.code == 0
     assert set(applied(database).values()) == {1}
 

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +28,7 @@ from bifrost_bootstrap.embedded import EmbeddedServers, embedded_servers
 from tests.conftest import StartServer
 from tests.servers import PgbouncerServer, RunFolder
 from tests.servers.leaks import PLANTED_PASSWORD
+from tests.servers.pgbouncer import busy_clients
 from tests.servers.postgres import APP_ROLE
 from tests.servers.process import wait_until
 
@@ -262,23 +262,8 @@ def test_behind_a_busy_pooler(platform: Platform, run_folder: RunFolder, start_s
     platform.query(f"CREATE ROLE {APP_ROLE} LOGIN SUPERUSER PASSWORD '{PLANTED_PASSWORD}'")
     port = int(str(conninfo_to_dict(platform.url)["port"]))
     pool = start_server(PgbouncerServer(run_folder, SimpleNamespace(host="127.0.0.1", port=port), pool_size=5))
-    stop = Event()
-
-    def work() -> None:
-        with psycopg.connect(pool.url(), prepare_threshold=None) as connection:
-            while not stop.is_set():
-                with connection.transaction():
-                    connection.execute("SELECT count(*) FROM pg_class")
-
-    clients = [Thread(target=work) for _ in range(3)]
-    for client in clients:
-        client.start()
-    try:
+    with busy_clients(pool.url()):
         result = platform.through(pool.url()).init()
-    finally:
-        stop.set()
-        for client in clients:
-            client.join()
     assert result["migrate"]["applied"]
     assert platform.init()["nothing_to_do"]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pwd
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any, ClassVar, Protocol
 
 import psycopg
@@ -103,3 +105,25 @@ class PgbouncerServer(Server):
     def _console(self) -> psycopg.Connection[tuple[Any, ...]]:
         url = self.url("pgbouncer", user=CONSOLE_USER)
         return psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT)
+
+
+@contextmanager
+def busy_clients(url: str, number: int = 3) -> Iterator[None]:
+    """So many other clients with one transaction after the other, for as long as the block lasts."""
+    stop = Event()
+
+    def work() -> None:
+        with psycopg.connect(url, prepare_threshold=None) as connection:
+            while not stop.is_set():
+                with connection.transaction():
+                    connection.execute("SELECT count(*) FROM pg_class")
+
+    clients = [Thread(target=work) for _ in range(number)]
+    for client in clients:
+        client.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()

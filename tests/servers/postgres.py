@@ -171,6 +171,23 @@ class PostgresServer(Server, Postgres):
                 self._fresh = False
 
 
+def _run_as(server: PostgresServer, *command: str) -> None:
+    """Run a program as the user whom the server's files belong to. Raises RuntimeError with its words."""
+    user = server.user()
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env=server.environment(),
+        user=None if user is None else user.pw_uid,
+        group=None if user is None else user.pw_gid,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
 def _programs() -> Path:
     """Return the folder of initdb, postgres and the rest: all of one version."""
     return Path(find_program("initdb", *PROGRAM_FOLDERS)).resolve().parent
@@ -197,21 +214,11 @@ def _initdb(cluster: Path, server: PostgresServer) -> None:
     password_file.touch(mode=0o600)
     password_file.write_text(PLANTED_PASSWORD)
     server.hand_over(unfinished, password_file)
-    user = server.user()
     options = ["-U", ADMIN_ROLE, f"--pwfile={password_file}", "-A", "scram-sha-256", "--encoding=UTF8"]
-    done = subprocess.run(
-        [initdb, "-D", unfinished, *options, *locale, "--no-sync", "--no-instructions"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd="/",
-        env=server.environment(),
-        user=None if user is None else user.pw_uid,
-        group=None if user is None else user.pw_gid,
-    )
-    password_file.unlink()
-    if done.returncode != 0:
-        raise RuntimeError(f"initdb ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    try:
+        _run_as(server, str(initdb), "-D", str(unfinished), *options, *locale, "--no-sync", "--no-instructions")
+    finally:
+        password_file.unlink()
     unfinished.rename(cluster)
 
 
@@ -233,29 +240,10 @@ class StandbyServer(PostgresServer):
         if not self._fresh:
             return
         self._fresh = False
-        user = self.user()
         self.data.chmod(0o700)
         self.hand_over(self.data)
-        subprocess.run(
-            [
-                _programs() / "pg_basebackup",
-                "-D",
-                self.data,
-                "-d",
-                self.primary.admin_url,
-                "-R",
-                "-c",
-                "fast",
-                "-X",
-                "stream",
-            ],
-            check=True,
-            capture_output=True,
-            cwd="/",
-            env=self.environment(),
-            user=None if user is None else user.pw_uid,
-            group=None if user is None else user.pw_gid,
-        )
+        options = ["-D", str(self.data), "-d", self.primary.admin_url, "-R", "-c", "fast", "-X", "stream"]
+        _run_as(self, str(_programs() / "pg_basebackup"), *options)
 
     def caught_up(self) -> bool:
         """Whether it has replayed all that its primary has written."""

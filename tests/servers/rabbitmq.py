@@ -55,6 +55,11 @@ class Rabbitmq:
         return urlunsplit(urlsplit(self.base_url)._replace(path=f"/{quote(vhost, safe='')}"))
 
 
+def vhost_of(url: str) -> str:
+    """The name of the virtual host of a URL."""
+    return url.rpartition("/")[2]
+
+
 class RabbitmqServer(Server, Rabbitmq):
     """A private RabbitMQ node without plugins, apart from the machine's own in every respect.
 
