@@ -7,8 +7,7 @@ so a `celeryconfig.py` in the working folder changes nothing.
 
 from __future__ import annotations
 
-from kombu import Exchange, Queue
-
+from bifrost_bootstrap.celery import lasting_queue
 from bifrost_bootstrap.redis_server import celery_url
 from bifrost_bootstrap.settings import load
 from bifrost_bootstrap.tree import QUEUE
@@ -26,7 +25,7 @@ accept_content = result_accept_content = ["json"]
 
 # Calls by hand. Never change an argument of a queue under its name: the broker answers 406 to the other release.
 task_default_queue = QUEUE
-task_queues = [Queue(QUEUE, Exchange(QUEUE, type="direct", durable=True), routing_key=QUEUE, durable=True)]
+task_queues = [lasting_queue(QUEUE)]
 # A queue that Celery made up itself would lack the arguments with which the workers declare it.
 task_create_missing_queues = False
 
@@ -36,10 +35,12 @@ broker_transport_options = {"confirm_publish": True, "confirm_timeout": 5.0, "re
 broker_connection_timeout = 4.0
 # A worker whose line was cut without a word notices within 20 s; Celery's own 120 s would take minutes.
 broker_heartbeat = 10
-# A worker that comes back after a cut line meets its own control queue: an exclusive one is still locked by the
-# connection that the broker has not given up yet, which ended the worker. Durable, as RabbitMQ wants it then.
+# The queue of the answers to `celery inspect`: a thread of Flower asks over one connection and over the next, which an
+# exclusive one would lock. Durable, as RabbitMQ 4 wants it then. (The worker's own: `celery.py`.)
 control_queue_exclusive, control_queue_durable = False, True
 broker_connection_retry_on_startup = True
+# What the broker says of a queue may pass too: 404 while its node is down.
+broker_channel_error_retry = True
 # A worker outlives any outage of the broker; the supervisor would only start it again.
 broker_connection_max_retries = None
 # The hand-over from migrate to warm survives an outage of about a minute.
@@ -69,6 +70,7 @@ worker_concurrency = 1
 worker_prefetch_multiplier = 1
 # Never kill and redo a running migration because the broker was away.
 worker_cancel_long_running_tasks_on_connection_loss = False
+worker_consumer = "bifrost_bootstrap.worker:Consumer"
 imports = ("bifrost_bootstrap.tasks", "bifrost_bootstrap.worker")
 
 # Flower shows nothing without events.

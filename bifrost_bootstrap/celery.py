@@ -14,10 +14,10 @@ from typing import Any
 from celery import Celery
 from celery.loaders.app import AppLoader
 from kombu import Exchange, Queue
-from kombu.exceptions import OperationalError
 
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.errors import SettingsError
+from bifrost_bootstrap.failover import AMQP, Control
 from bifrost_bootstrap.tree import QUEUE
 
 CONFIGURATION = Path(__file__).parent.parent / "celeryconfig.py"
@@ -26,10 +26,6 @@ WARM = "bifrost.bootstrap.warm_module_cache"
 #: Seconds after which the broker drops the queue of a tree that has no worker any more. Part of the queue's name:
 #: never change it under the same prefix.
 QUEUE_EXPIRES = 3600.0
-
-#: Reply codes by which RabbitMQ refuses a right, a queue that was declared otherwise, a login or a virtual host. The
-#: last two also stand for a limit that is reached, which passes.
-_REFUSALS = (403, 406, 530)
 
 
 class PlacedLoader(AppLoader):  # type: ignore[misc]
@@ -49,24 +45,22 @@ class PlacedLoader(AppLoader):  # type: ignore[misc]
 
 
 settings.forget_celery_variables()
-app = Celery("bifrost_bootstrap", loader=PlacedLoader)
+app = Celery("bifrost_bootstrap", loader=PlacedLoader, control=Control, amqp=AMQP)
+
+
+def lasting_queue(name: str, expires: float | None = None) -> Queue:
+    """
+    A queue that outlives its node: a copy on each of three. expires: seconds without a worker until it is dropped.
+
+    Needs RabbitMQ 3.10: before, such queues did not let messages expire. Over Redis it is a queue like any other.
+    """
+    exchange = Exchange(QUEUE, type="direct", durable=True)
+    kind = {"x-queue-type": "quorum"}
+    return Queue(name, exchange, routing_key=name, durable=True, expires=expires, queue_arguments=kind)
 
 
 def add_queue(name: str) -> Queue:
-    """Make the queue of a tree (or of one run) known to this process, with the arguments that all sides declare."""
-    exchange = Exchange(QUEUE, type="direct", durable=True)
-    queue = Queue(name, exchange, routing_key=name, durable=True, expires=QUEUE_EXPIRES)
+    """Make a queue known to this process, with the arguments that all sides declare."""
+    queue = lasting_queue(name, None if name == QUEUE else QUEUE_EXPIRES)
     app.amqp.queues.add(queue)
     return queue
-
-
-def described() -> str:
-    """The broker in words, without user and password."""
-    connection = app.connection_for_write()
-    return f"RabbitMQ {connection.hostname}:{connection.port or 5672}/{(connection.virtual_host or '/').lstrip('/')}"
-
-
-def refuses(error: BaseException) -> bool:
-    """Whether RabbitMQ refuses us for a reason that an operator has to mend, and not for a limit that is reached."""
-    cause = error.__cause__ if isinstance(error, OperationalError) else error
-    return getattr(cause, "code", None) in _REFUSALS and "limit" not in str(error)

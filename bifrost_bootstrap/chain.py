@@ -1,26 +1,20 @@
-"""The chain as init sees it: enqueued, in the broker's queue, and in the result backend."""
+"""The chain as init sees it: sent to the broker, and followed in the result backend."""
 
 from __future__ import annotations
 
 import json
-import ssl
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 from celery import chain
-from kombu.exceptions import OperationalError
 
-from bifrost_bootstrap import errors
-from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app, described, refuses
+from bifrost_bootstrap import broker, errors
+from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.decision import MESSAGE_TTL, TaskState
 from bifrost_bootstrap.progress import WANTED_HEADER, Progress, held_key, progress_key, wanted_key
-from bifrost_bootstrap.redaction import masked
-from bifrost_bootstrap.tree import QUEUE
 
 #: Failures in which the work was lost, by the name of the exception: the next run may succeed.
 _LOST = {"WorkerLostError": "its worker was lost", "Terminated": "it was terminated",
@@ -35,10 +29,6 @@ WANTED_TTL = 30
 #: just before the task's deadline, starts the tree's process (3 s on a busy machine), and waits for a table lock as
 #: long as any. Of a short deadline only a share.
 TASK_HEAD_START, HEAD_START_SHARE = 4.0, 0.2
-#: Routing key of a message that no queue is to get.
-PROBE = f"{QUEUE}.nobody"
-#: What a broker says that does not take a message: nothing, in the library's words.
-_NACKED = "it did not take the message; look for a policy with max-length and reject-publish"
 
 
 @dataclass(frozen=True)
@@ -51,36 +41,6 @@ class SentChain:
     @property
     def first(self) -> str:
         return self.migrate or self.warm
-
-
-@dataclass(frozen=True)
-class QueueState:
-    """Messages that wait and workers that consume; None where the transport does not tell."""
-
-    messages: int | None
-    consumers: int | None
-
-
-@contextmanager
-def _broker_errors(server: str) -> Iterator[None]:
-    connection = app.connection_for_write()
-    try:
-        yield
-    except Exception as error:
-        known = (*connection.connection_errors, *connection.channel_errors, RuntimeError)
-        # Redis is asked inside of such a block too, and has words of its own.
-        if not isinstance(error, known) and not type(error).__module__.startswith(("amqp.", "kombu.")):
-            raise
-        text = masked(str(error).strip() or type(error).__name__)
-        if isinstance(error, OperationalError) and not str(error).strip():
-            text = _NACKED
-        if isinstance(error, ssl.SSLCertVerificationError):
-            raise errors.CertificateError(server, text) from error
-        if isinstance(error, FileNotFoundError):
-            raise errors.CertificateError(server, errors.NO_TLS_FILE) from error
-        if refuses(error):
-            raise errors.RefusedError(server, text) from error
-        raise errors.UnavailableError(server, text) from error
 
 
 def send(
@@ -112,7 +72,7 @@ def send(
     # As workers announce each result. Where Redis refuses it to them, their tasks end without one, and only their log
     # says why.
     client.publish(app.backend.get_key_for_task(sent.first), b"")
-    with _broker_errors(described()):
+    with broker.as_our_errors():
         want(client, sent, deadline, lock_timeout)
         work.apply_async()
     return sent
@@ -126,60 +86,6 @@ def want(client: redis.Redis, sent: SentChain, deadline: Deadline, lock_timeout:
     """
     head_start = min(TASK_HEAD_START + lock_timeout, HEAD_START_SHARE * deadline.seconds)
     client.set(wanted_key(sent.first), max(0.0, deadline.remaining - head_start), ex=WANTED_TTL)
-
-
-def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> QueueState:
-    """
-    Who consumes the queue. A queue that nobody declared has nobody.
-
-    publishing: the broker must take messages. room_for: so many more connections must be possible. Raises
-    UnavailableError, RefusedError.
-    """
-    with _broker_errors(described()), app.connection_for_write() as connection, ExitStack() as stack:
-        connection.connect()
-        if connection.transport.driver_type != "amqp":
-            return QueueState(None, None)
-        for _ in range(room_for):
-            stack.enter_context(app.connection_for_write()).connect()
-        if publishing:
-            _publish_to_nobody(connection)
-        try:
-            _, messages, consumers = connection.default_channel.queue_declare(queue, passive=True)
-        except connection.channel_errors as error:
-            if getattr(error, "code", None) == 404:
-                return QueueState(0, 0)
-            raise
-        return QueueState(messages, consumers)
-
-
-def _publish_to_nobody(connection: Any) -> None:
-    """
-    Publish a message that no queue gets: a broker with an alarm says so only to who has published.
-
-    It takes the first message of each connection and answers nothing after that, so whoever goes on trying fills the
-    queue. Where it has an alarm, the next wait for an answer on this connection raises RuntimeError at once.
-    """
-
-    def on_blocked(_reason: str) -> None:
-        # Without a farewell, for which it would wait too.
-        connection.connection.collect()
-        raise RuntimeError("it blocks publishers (connection.blocked): it is low on memory or disk")
-
-    connection.connection.on_blocked = on_blocked
-    channel = connection.default_channel
-    exchange = app.amqp.queues[QUEUE].exchange(channel)
-    exchange.declare()
-    channel.basic_publish(channel.prepare_message(b""), exchange.name, PROBE)
-
-
-def prove_rights(queue: str) -> None:
-    """Declare what a worker of this queue needs, as it will itself. Raises UnavailableError, RefusedError."""
-    add_queue(queue)
-    with _broker_errors(described()), app.connection_for_write() as connection:
-        connection.connect()
-        app.control.mailbox.exchange(connection.default_channel).declare()
-        for name in (QUEUE, queue):
-            app.amqp.queues[name](connection.default_channel).declare()
 
 
 def states(client: redis.Redis, sent: SentChain) -> tuple[TaskState, TaskState]:

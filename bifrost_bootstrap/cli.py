@@ -197,15 +197,15 @@ def worker() -> int:
 
     def work(_stack: ExitStack) -> Outcome:
         settings = _load("database", "redis", "rabbitmq", "tree")
-        from bifrost_bootstrap import celery, chain, tree_loading, waiting, worker
+        from bifrost_bootstrap import broker, tree_loading, waiting, worker
 
         # Celery would leave without a verdict.
         tree = tree_loading.load(settings)
-        queue = settings.run_queue or tree.queue(settings.database.target)
         worker.show_life(settings.worker_health_file)
         # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
         # virtual host for ever.
-        waiting.wait_for({celery.described(): lambda: chain.prove_rights(queue)}, Deadline(settings.init_timeout))
+        queues = worker.queues(settings, tree)
+        waiting.wait_for({broker.described(): lambda: broker.prove_rights(*queues)}, Deadline(settings.init_timeout))
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
         # What Celery prints is no result.

@@ -120,12 +120,12 @@ def _init(
     if away and deadline.passed:
         raise next(iter(away.values()))
     # Only from here on Celery is needed; nothing-to-do spares its import.
-    from bifrost_bootstrap import celery, chain
+    from bifrost_bootstrap import broker
     from bifrost_bootstrap.observer import Observer
     from bifrost_bootstrap.own_worker import OwnWorker
 
     queue = tree.queue(settings.database.target)
-    waited = waiting.wait_for(_servers(settings) | {celery.described(): lambda: chain.queue_state(queue)}, deadline)
+    waited = waiting.wait_for(_servers(settings) | {broker.described(): lambda: broker.queue_state(queue)}, deadline)
     truth = _glance(settings, tree, deadline, away) if waited else truth
     with ExitStack() as stack:
         worker = stack.enter_context(OwnWorker(queue, deadline)) if with_worker else None

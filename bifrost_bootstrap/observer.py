@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bifrost_bootstrap import chain, lock, postgres, readiness, redis_server
-from bifrost_bootstrap.chain import QueueState, SentChain
+from bifrost_bootstrap import broker, chain, lock, postgres, readiness, redis_server
+from bifrost_bootstrap.broker import QueueState
+from bifrost_bootstrap.chain import SentChain
 from bifrost_bootstrap.deadline import REFUSAL_PATIENCE, Deadline
 from bifrost_bootstrap.decision import Observation, TaskState
 from bifrost_bootstrap.errors import BootstrapError, CertificateError, RefusedError, UnavailableError, WarmError
@@ -176,7 +177,7 @@ class Observer:
     def _look_at_queue(self) -> None:
         # A worker of ours that does not begin may lack connections, of which only its log tells.
         late = self._own_worker and self._sent and not self._taken and self._sent_at.elapsed > WORKER_START
-        self._queue_state = chain.queue_state(self._queue, room_for=WORKER_CONNECTIONS if late else 0)
+        self._queue_state = broker.queue_state(self._queue, room_for=WORKER_CONNECTIONS if late else 0)
         # Once taken, ours is none of those that wait.
         if self._queue_state.messages and not self._taken:
             self._last_sign = Deadline(0)

@@ -56,11 +56,11 @@ def _worker(settings: Settings, tree: Tree) -> str:
     if not settings.rabbitmq_url:
         return environment.fault_of("rabbitmq")
     # Only here: importing Celery takes longer than all the rest.
-    from bifrost_bootstrap import chain
+    from bifrost_bootstrap import broker
 
     queue = tree.queue(settings.database.target)
     try:
-        consumers = chain.queue_state(queue, publishing=False).consumers
+        consumers = broker.queue_state(queue, publishing=False).consumers
     except BootstrapError as error:
         return str(error)
     if consumers is None:

@@ -21,7 +21,7 @@ from celery.bin.celery import celery as celery_command
 from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError
 from celery.platforms import SecurityWarning
 from celery.signals import celeryd_after_setup, setup_logging
-from celery.worker import state
+from celery.worker import consumer, state
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 
@@ -33,6 +33,7 @@ from bifrost_bootstrap.guard import ANY_TASK, Guard
 from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.tree import QUEUE, Tree
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,30 @@ def choose_queues(**_facts: Any) -> None:
     except BootstrapError as error:
         logger.error("%s", error)
         raise SystemExit(int(error.exit_code)) from None
-    name = settings.run_queue or tree.queue(settings.database.target)
-    queues = app.amqp.queues
-    queue = add_queue(name)
+    own = add_queue(queues(settings, tree)[-1])
     if settings.run_queue:
-        queues.select([name])
+        app.amqp.queues.select([own.name])
     else:
-        queues.select_add(queue)
-    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.alembic.config, tree.why, name)
+        app.amqp.queues.select_add(own)
+    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.alembic.config, tree.why, own.name)
+
+
+def queues(settings: Settings, tree: Tree) -> list[str]:
+    """What a worker consumes: the calls by hand, and last the queue of its tree; the worker of one run that run's."""
+    if settings.run_queue:
+        return [settings.run_queue]
+    return [QUEUE, tree.queue(settings.database.target)]
+
+
+class Consumer(consumer.Consumer):  # type: ignore[misc]
+    """Celery's, without its 28 queues for tasks with a countdown, which it makes where it finds a quorum queue."""
+
+    class Blueprint(consumer.Consumer.Blueprint):  # type: ignore[misc]
+        """Such a task waits in the worker, as always over a direct exchange."""
+
+        default_steps = frozenset(
+            step for step in consumer.Consumer.Blueprint.default_steps if "delayed_delivery" not in step
+        )
 
 
 #: Set while the worker has a connection to the broker: then its loop comes round, or it hangs.

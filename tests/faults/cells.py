@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SERVERS = ("postgres", "redis", "rabbitmq")
@@ -73,12 +73,12 @@ SHORT = [
 ]
 
 
-def table(seconds: Mapping[str, float]) -> str:
+def table(seconds: Mapping[str, float], cells: Sequence[Cell] = EVERY, phases: Sequence[str] = PHASES) -> str:
     """The matrix in Markdown. seconds: by cell, from the end of the fault to the end of init."""
     reasons: list[str] = []
-    lines = ["| fault | " + " | ".join(PHASES) + " |", "|---" * (len(PHASES) + 1) + "|"]
+    lines = ["| fault | " + " | ".join(phases) + " |", "|---" * (len(phases) + 1) + "|"]
     rows: dict[tuple[str, str], list[str]] = {}
-    for cell in EVERY:
+    for cell in cells:
         if reason := without_meaning(cell):
             if reason not in reasons:
                 reasons.append(reason)

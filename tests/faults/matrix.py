@@ -29,9 +29,18 @@ def run_cell(deployment: Deployment, cell: Cell) -> float:
     if cell.fault == "cut" and cell.target.endswith("postgres") and sys.platform != "linux":
         pytest.skip("elsewhere the proxy's kernel goes on to answer the keepalives that have to notice")
     deployment.fill_cache()
-    init = _reach(deployment, cell)
+    init = reach(deployment, cell)
     hit = _Hit(deployment, cell, init)
     hit.strike()
+    return prove(deployment, cell, init)
+
+
+def prove(deployment: Deployment, cell: Cell, init: Command) -> float:
+    """Prove all that a fault must not change, of an init that it has just happened to.
+
+    Returns:
+        Seconds until that init ended.
+    """
     began = time.monotonic()
     code = init.wait(cell.bound).returncode
     seconds = time.monotonic() - began
@@ -50,7 +59,7 @@ def run_cell(deployment: Deployment, cell: Cell) -> float:
     return seconds
 
 
-def _reach(deployment: Deployment, cell: Cell) -> Command:
+def reach(deployment: Deployment, cell: Cell) -> Command:
     """Start worker and init, and return the init when it is in the phase."""
     if cell.phase == "waiting":
         deployment.start_worker()

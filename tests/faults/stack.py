@@ -150,7 +150,7 @@ class Deployment:
     def queue(self) -> str:
         """The queue of init's chains."""
         url = parse_postgres(self.stack.init_lines.postgres.through(self.database.url))
-        return f"{QUEUE}.{digest(REVISIONS[-1], url.target)}"
+        return f"{QUEUE}.{digest('quorum', REVISIONS[-1], url.target)}"
 
     # ------------------------------------------------------------------------------------------------ processes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -18,10 +18,12 @@ from tests.servers.rabbitmq import vhost_of
 DEADLINE, GRACE = 12, 10
 
 
-def assert_unavailable(run_bootstrap: RunBootstrap, env: dict[str, str], *words: str) -> None:
+def assert_unavailable(
+    run_bootstrap: RunBootstrap, env: dict[str, str], *words: str, options: Sequence[str] = ("--with-worker",)
+) -> None:
     """Init ends with 69 and these words, soon after its deadline."""
     begun = time.monotonic()
-    done = run_bootstrap("init", "--with-worker", "--json", f"--timeout={DEADLINE}s", env=env)
+    done = run_bootstrap("init", *options, "--json", f"--timeout={DEADLINE}s", env=env)
     seconds = time.monotonic() - begun
     message = json.loads(done.stdout)["message"]
     assert done.returncode == 69, message
@@ -86,7 +88,7 @@ def test_i11_limit_of_queues(
 def test_i11_policy_that_rejects_messages(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """max-length 0 with reject-publish."""
+    """max-length 0 with reject-publish: a quorum queue takes one message beyond its length, and no more."""
     assert isinstance(rabbitmq, RabbitmqServer)
     policy = '[{<<"max-length">>, 0}, {<<"overflow">>, <<"reject-publish">>}]'
     vhost = vhost_of(rabbitmq_url)
@@ -95,4 +97,5 @@ def test_i11_policy_that_rejects_messages(
             f'rabbit_policy:set(<<"{vhost}">>, <<"no">>, <<".*">>, {policy}, 0, <<"queues">>, <<"tests">>)'
         )
         stack.callback(rabbitmq.evaluate, f'rabbit_policy:delete(<<"{vhost}">>, <<"no">>, <<"tests">>)')
-        assert_unavailable(run_bootstrap, bifrost_env, "reject-publish")
+        assert_unavailable(run_bootstrap, bifrost_env, "no bootstrap worker", options=())
+        assert_unavailable(run_bootstrap, bifrost_env, "reject-publish", options=())

@@ -30,7 +30,11 @@ def test_queues_are_declared_the_same_twice(
         done = run_command([sys.executable, "-c", DECLARE], env=bifrost_env)
         assert done.returncode == 0, done.stderr
     # Contract: a release that changes one of these is refused by the broker of the other.
-    expected = {QUEUE: {}, f"{QUEUE}.0123456789ab": {"x-expires": 3_600_000}}
+    quorum: dict[str, object] = {"x-queue-type": "quorum"}
+    expected: dict[str, dict[str, object]] = {
+        QUEUE: quorum,
+        f"{QUEUE}.0123456789ab": {"x-expires": 3_600_000, **quorum},
+    }
     with kombu.Connection(rabbitmq_url) as connection:
         for name, arguments in expected.items():
             with connection.channel() as channel:

@@ -100,6 +100,10 @@ class Proxy:
         with self._state:
             _drop_all(link.server for link in self._links)
 
+    def lead_to(self, port: int) -> None:
+        """Another server has this address from now on: who connects finds it. The connections that stand stay."""
+        self._target = (self._target[0], port)
+
     def refuse(self) -> None:
         """Close all connections and the listener: whoever connects is refused, as by a server that is down."""
         with self._state:

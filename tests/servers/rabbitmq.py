@@ -72,20 +72,33 @@ class RabbitmqServer(Server, Rabbitmq):
         conf: Lines of rabbitmq.conf, for instance `["consumer_timeout = 5000"]`.
         advanced: What rabbitmq.conf has no word for: settings of the application `rabbit` as Erlang terms, for
             instance `{"channel_tick_interval": "1000"}`. Both may be changed between two starts.
+        seed: A running node whose cluster it joins at its first start.
     """
 
     kind: ClassVar[str] = "rabbitmq"
     not_ready: ClassVar[tuple[type[Exception], ...]] = (*pyamqp.Transport.connection_errors, RuntimeError)
 
-    def __init__(self, run: RunFolder, conf: Sequence[str] = (), advanced: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        conf: Sequence[str] = (),
+        advanced: Mapping[str, str] | None = None,
+        seed: RabbitmqServer | None = None,
+    ) -> None:
         Server.__init__(self, run)
         Rabbitmq.__init__(self, f"amqp://{USER}:{PLANTED_PASSWORD_QUOTED}@{self.host}:{self.port}/%2F")
         self.conf = list(conf)
         self.advanced = dict(advanced or {})
+        self.seed = seed
         self.distribution_port = free_port()
-        self.mapper_port = free_port()
+        self.mapper_port: int = seed.mapper_port if seed else free_port()
         self._mapper: ProcessTree | None = None
-        self._fresh = True
+        self._fresh = seed is None
+
+    @property
+    def node(self) -> str:
+        """Its name among Erlang's nodes."""
+        return f"{self.name}@localhost"
 
     def add_vhost(self, prefix: str = "test") -> str:
         """Create a virtual host of a new name and return the name. It takes some 30 ms: rabbitmqctl takes 2 s."""
@@ -132,16 +145,18 @@ class RabbitmqServer(Server, Rabbitmq):
         cookie = self.data / ".erlang.cookie"
         if not cookie.exists():
             cookie.touch(mode=0o600)
-            cookie.write_text(secrets.token_hex(16))
+            cookie.write_text(self.seed.cookie if self.seed else secrets.token_hex(16))
         (self.data / "enabled_plugins").write_text("[].\n")
         (self.data / "environment").touch()
         terms = ", ".join(f"{{{name}, {term}}}" for name, term in self.advanced.items())
         (self.data / "advanced.config").write_text(f"[{{rabbit, [{terms}]}}].\n")
         configuration = self.data / "rabbitmq.conf"
         configuration.touch(mode=0o600)
+        joins = "cluster_formation.classic_config.nodes"
         configuration.write_text(
             "\n".join(
                 [
+                    *([f"{joins}.1 = {self.seed.node}", f"{joins}.2 = {self.node}"] if self.seed else []),
                     f"listeners.tcp.local = {self.host}:{self.port}",
                     f"default_user = {USER}",
                     # RabbitMQ 4 takes what stands before a ":" for the name of a kind of encryption.
@@ -152,7 +167,13 @@ class RabbitmqServer(Server, Rabbitmq):
                 ]
             )
         )
-        self._start_mapper()
+        if self.seed is None:
+            self._start_mapper()
+
+    @property
+    def cookie(self) -> str:
+        """What the nodes of its cluster know each other by."""
+        return (self.data / ".erlang.cookie").read_text()
 
     def environment(self) -> dict[str, str]:
         data = self.data
@@ -161,7 +182,7 @@ class RabbitmqServer(Server, Rabbitmq):
             "ERL_EPMD_ADDRESS": self.host,
             "ERL_FLAGS": "-kernel inet_dist_use_interface {127,0,0,1}",
             "RABBITMQ_SCRIPTS_DIR": str(data / "rabbitmq" / "sbin"),
-            "RABBITMQ_NODENAME": f"{self.name}@localhost",
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
             "RABBITMQ_CONF_ENV_FILE": str(data / "environment"),
             "RABBITMQ_CONFIG_FILE": str(data / "rabbitmq.conf"),
@@ -196,7 +217,8 @@ class RabbitmqServer(Server, Rabbitmq):
         super().close()
         if self._mapper is not None:
             self._mapper.end()
-        give_back(self.distribution_port, self.mapper_port)
+            give_back(self.mapper_port)
+        give_back(self.distribution_port)
 
     def _start_mapper(self) -> None:
         """Start epmd ourselves: one that the node starts is a daemon that outlives everything."""
