@@ -22,7 +22,7 @@ demo: venv ## start private servers, load modules, run init twice, import a modu
 test: venv ## all tests but those below
 	tools/test-servers
 	# More processes than cores: most of a test is waiting for servers.
-	$(PYTHON) -m pytest -n 4 -m "not faults and not race" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 4 -m "not faults and not race and not clusters" $(PYTEST_ARGS)
 
 .PHONY: test-pythons
 test-pythons: venv ## the unit tests on every other CPython that is here
@@ -55,6 +55,11 @@ test-faults: venv ## kill, cut and fill the servers while init runs, and what ta
 	tools/test-servers
 	$(PYTHON) -m pytest -n 4 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration tests/security \
 		tests/acceptance tests/warm $(PYTEST_ARGS)
+
+.PHONY: test-clusters
+test-clusters: venv ## lose a node of RabbitMQ, PostgreSQL and Redis in every phase of init
+	tools/test-servers
+	$(PYTHON) -m pytest -n 2 --timeout=300 -m clusters tests/clusters $(PYTEST_ARGS)
 
 .PHONY: test-kube
 test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)

@@ -8,6 +8,7 @@ from typing import Any
 import kombu
 from celery.app import amqp, control
 from kombu import Queue, pidbox
+from kombu.exceptions import OperationalError
 
 
 class Mailbox(pidbox.Mailbox):  # type: ignore[misc]
@@ -41,7 +42,7 @@ class Producer(kombu.Producer):  # type: ignore[misc]
         connection = self.connection
         try:
             return super()._publish(*arguments, **options)
-        except connection.recoverable_connection_errors:
+        except (OperationalError, *connection.recoverable_connection_errors):
             connection.collect()
             connection.maybe_switch_next()
             raise
