@@ -95,7 +95,7 @@ def test_ten_lines_in_front_of_an_api(platform: str, open_folder: OpenFolder) ->
         assert "Running upgrade" not in migrated.stdout + migrated.stderr
         queues = stack.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "list_queues", "name", "arguments").stdout
         assert "bifrost.bootstrap." in queues
-        for queue in queues.splitlines():
+        for queue in queues.splitlines()[1:]:
             assert "x-expires" in queue, f"{queue} stays for ever"
         redis = ("exec", "-T", "redis", "redis-cli")
         stack.compose(*redis, "DEL", "bifrost:bootstrap:marker")

@@ -116,4 +116,4 @@ def test_every_name_is_one_of_celerys(run_command: RunCommand, celery_env: dict[
         "print(sorted(read.keys() - known))\n"
     )
     done = run_command([sys.executable, "-c", code], env=celery_env)
-    assert (done.stdout, done.stderr) == ("['amqp_tls', 'annotations', 'celery_url', 'load']\n", "")
+    assert (done.stdout, done.stderr) == ("['amqp_tls', 'annotations', 'celery_url', 'lasting_queue', 'load']\n", "")
