@@ -36,7 +36,7 @@ broker_connection_timeout = 4.0
 # A worker whose line was cut without a word notices within 20 s; Celery's own 120 s would take minutes.
 broker_heartbeat = 10
 # The queue of the answers to `celery inspect`: a thread of Flower asks over one connection and over the next, which an
-# exclusive one would lock. Durable, as RabbitMQ 4 wants it then. (The worker's own: `celery.py`.)
+# exclusive one would lock. Durable, as RabbitMQ 4 wants it then. (The worker's own: `failover.py`.)
 control_queue_exclusive, control_queue_durable = False, True
 broker_connection_retry_on_startup = True
 # What the broker says of a queue may pass too: 404 while its node is down.

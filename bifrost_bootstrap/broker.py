@@ -59,14 +59,15 @@ def as_our_errors() -> Iterator[None]:
 
 
 def _as_ours(error: BaseException) -> errors.BootstrapError:
+    server = described()
     text = _NACKED if isinstance(error, MessageNacked) else masked(str(error).strip() or type(error).__name__)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return errors.CertificateError(described(), text)
+        return errors.CertificateError(server, text)
     if isinstance(error, FileNotFoundError):
-        return errors.CertificateError(described(), errors.NO_TLS_FILE)
+        return errors.CertificateError(server, errors.NO_TLS_FILE)
     if getattr(error, "code", None) in _REFUSALS and "limit" not in text:
-        return errors.RefusedError(described(), text)
-    return errors.UnavailableError(described(), text)
+        return errors.RefusedError(server, text)
+    return errors.UnavailableError(server, text)
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> Qu
         try:
             _, messages, consumers = connection.default_channel.queue_declare(queue, passive=True)
         except connection.channel_errors as error:
-            # Also said of a queue whose node is down, but not by a queue of ours: they have several nodes.
+            # Also said of a queue whose node is down, but not of ours: those are on several nodes.
             if getattr(error, "code", None) == 404:
                 return QueueState(0, 0)
             raise

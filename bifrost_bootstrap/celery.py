@@ -17,7 +17,6 @@ from kombu import Exchange, Queue
 
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.errors import SettingsError
-from bifrost_bootstrap.failover import AMQP, Control
 from bifrost_bootstrap.tree import QUEUE
 
 CONFIGURATION = Path(__file__).parent.parent / "celeryconfig.py"
@@ -45,22 +44,25 @@ class PlacedLoader(AppLoader):  # type: ignore[misc]
 
 
 settings.forget_celery_variables()
-app = Celery("bifrost_bootstrap", loader=PlacedLoader, control=Control, amqp=AMQP)
+# By name: only a worker needs remote control, and init imports as little as it can.
+_PARTS = {"control": "bifrost_bootstrap.failover:Control", "amqp": "bifrost_bootstrap.failover:AMQP"}
+app = Celery("bifrost_bootstrap", loader=PlacedLoader, **_PARTS)
 
 
-def lasting_queue(name: str, expires: float | None = None) -> Queue:
+def lasting_queue(name: str) -> Queue:
     """
-    A queue that outlives its node: a copy on each of three. expires: seconds without a worker until it is dropped.
+    A queue with the arguments that all sides declare; it outlives the loss of one node, with a copy on each of three.
 
     Needs RabbitMQ 3.10: before, such queues did not let messages expire. Over Redis it is a queue like any other.
     """
     exchange = Exchange(QUEUE, type="direct", durable=True)
     kind = {"x-queue-type": "quorum"}
+    expires = None if name == QUEUE else QUEUE_EXPIRES
     return Queue(name, exchange, routing_key=name, durable=True, expires=expires, queue_arguments=kind)
 
 
 def add_queue(name: str) -> Queue:
-    """Make a queue known to this process, with the arguments that all sides declare."""
-    queue = lasting_queue(name, None if name == QUEUE else QUEUE_EXPIRES)
+    """Make a queue known to this process."""
+    queue = lasting_queue(name)
     app.amqp.queues.add(queue)
     return queue

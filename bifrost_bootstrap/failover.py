@@ -32,18 +32,20 @@ class Control(control.Control):  # type: ignore[misc]
 
 class Producer(kombu.Producer):  # type: ignore[misc]
     """
-    Gives up the connection over which a message failed, and goes to the next node.
+    Gives up the connection over which a message failed, and the node to which it cannot connect.
 
     A channel of RabbitMQ goes on to refuse every message for a queue whose leader was lost (seen with 3.10), and a
-    frozen node answers none. Celery's own attempts to hand over to the next task stay on the connection.
+    frozen node answers none. Celery's own attempts to hand over to the next task stay on connection and node.
     """
 
     def _publish(self, *arguments: Any, **options: Any) -> Any:
         connection = self.connection
         try:
             return super()._publish(*arguments, **options)
-        except (OperationalError, *connection.recoverable_connection_errors):
+        except connection.recoverable_connection_errors:
             connection.collect()
+            raise
+        except OperationalError:
             connection.maybe_switch_next()
             raise
 

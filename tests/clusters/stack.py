@@ -11,8 +11,7 @@ from pathlib import Path
 import kombu
 
 from bifrost_bootstrap.tree import QUEUE
-from bifrost_bootstrap.urls import digest, parse_postgres
-from tests.faults.stack import REVISIONS, Deployment, Lines, Stack
+from tests.faults.stack import Deployment, Lines, Stack
 from tests.servers import Database, PostgresServer, Proxy, RabbitmqServer, RedisServer, RunFolder
 from tests.servers.command import Commands
 from tests.servers.leaks import PLANTED_PASSWORD
@@ -85,12 +84,6 @@ class ClusterDeployment(Deployment):
             "BIFROST_RABBITMQ_URL": ";".join(urls),
             "BIFROST_DATABASE_URL": database_url,
         }
-
-    @property
-    def queue(self) -> str:
-        """The queue of init's chains."""
-        url = parse_postgres(self.environment(self.stack.init_lines)["BIFROST_DATABASE_URL"])
-        return f"{QUEUE}.{digest('quorum', REVISIONS[-1], url.target)}"
 
     def declare_queues(self, node: RabbitmqServer) -> None:
         """As a worker would that is connected to this node, which therefore leads them."""

@@ -149,7 +149,7 @@ class Deployment:
     @property
     def queue(self) -> str:
         """The queue of init's chains."""
-        url = parse_postgres(self.stack.init_lines.postgres.through(self.database.url))
+        url = parse_postgres(self.environment(self.stack.init_lines)["BIFROST_DATABASE_URL"])
         return f"{QUEUE}.{digest('quorum', REVISIONS[-1], url.target)}"
 
     # ------------------------------------------------------------------------------------------------ processes

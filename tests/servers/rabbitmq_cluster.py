@@ -16,7 +16,7 @@ class RabbitmqCluster:
     """Three nodes on free ports. Each can be killed, frozen, and started again like any server; or be cut off.
 
     Attributes:
-        nodes: In the order in which `url` names them.
+        nodes: The first is the one that the others joined.
     """
 
     def __init__(self, run: RunFolder, size: int = 3) -> None:
