@@ -1,0 +1,52 @@
+"""I10: a lost RabbitMQ node, and a queue that is declared otherwise; `make test-clusters` loses every node."""
+
+from __future__ import annotations
+
+import kombu
+import pytest
+
+from bifrost_bootstrap.tree import QUEUE
+from tests.clusters.cells import SHORT, ClusterCell
+from tests.clusters.fixtures import clusters, rabbitmq_cluster
+from tests.clusters.matrix import run_cell
+from tests.clusters.stack import ClusterDeployment
+from tests.conftest import RunBootstrap
+from tests.faults.stack import Deployment
+
+__all__ = ["clusters", "rabbitmq_cluster"]
+
+#: RabbitMQ's words for a queue that is there with another type.
+OTHERWISE = "inequivalent arg 'x-queue-type'"
+
+
+@pytest.mark.parametrize("cell", SHORT, ids=str)
+def test_i10_lost_node(clusters: ClusterDeployment, cell: ClusterCell) -> None:
+    """Init ends 0 within a minute while the node stays lost, and the worker lives."""
+    run_cell(clusters, cell)
+
+
+def declare_classic(url: str, queue: str) -> None:
+    """As a release did before queues had several nodes: a tree's with an hour to live without a worker."""
+    arguments = {} if queue == QUEUE else {"x-expires": 3_600_000}
+    with kombu.Connection(url) as connection:
+        connection.default_channel.queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)
+
+
+@pytest.mark.faults  # half a minute each: the patience with a refusal
+@pytest.mark.parametrize("command", ["worker", "init"])
+def test_i10_queue_declared_otherwise(deployment: Deployment, run_bootstrap: RunBootstrap, command: str) -> None:
+    """A classic queue where ours is to be ends worker and init with 78 and the broker's words."""
+    queue = {"worker": QUEUE, "init": deployment.queue}[command]
+    declare_classic(deployment.stack.rabbitmq.url(deployment.vhost), queue)
+    done = run_bootstrap(command, env=deployment.environment(deployment.stack.init_lines), timeout=60)
+    assert done.returncode == 78, done.stderr
+    assert OTHERWISE in done.stderr.splitlines()[-1]
+
+
+def test_i10_init_beside_an_old_queue_of_calls(
+    rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
+) -> None:
+    """An init with a worker of its own does not touch the queue of calls by hand, and leaves no such queue behind."""
+    declare_classic(rabbitmq_url, QUEUE)
+    done = run_bootstrap("init", "--with-worker", env=bifrost_env)
+    assert done.returncode == 0, done.stderr
