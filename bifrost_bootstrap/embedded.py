@@ -44,7 +44,7 @@ POSTGRES_OPTIONS = (
     "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "shared_buffers=32MB",
     "-c", "fsync=off", "-c", "full_page_writes=off",
 )  # fmt: skip
-REAPER = Path(__file__).with_name("reaper.sh")
+REAPER = Path(__file__).with_name("reaper.sh").read_text()
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Group:
         self.running = os.fdopen(running, "wb")
         # A group of its own: Ctrl-C on the terminal is for the command, which may still need the servers.
         self.reaper = subprocess.Popen(  # noqa: S603  (a constant script)
-            ["/bin/sh", "-c", REAPER.read_text(), "reaper", self.folder, str(ended)],
+            ["/bin/sh", "-c", REAPER, "reaper", self.folder, str(ended)],
             stdin=subprocess.PIPE, pass_fds=[ended], cwd="/", process_group=0,
         )  # fmt: skip
         os.close(ended)
