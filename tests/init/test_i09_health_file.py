@@ -46,6 +46,7 @@ def test_i09_a_sign_of_life_while_the_broker_is_away(deployment: Deployment, hea
     worker = deployment.start_worker()
     init = deployment.start_init()
     deployment.wait_reached("migrating")
+    deployment.stack.rabbitmq.write_down()
     deployment.stack.rabbitmq.kill()
     try:
         worker.wait_for("(?i)connection refused|cannot connect")
