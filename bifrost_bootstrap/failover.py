@@ -1,7 +1,8 @@
-"""What Celery lacks to outlive the loss of one of several RabbitMQ nodes."""
+"""What Celery lacks to outlive the loss of a RabbitMQ node, of one or of several."""
 
 from __future__ import annotations
 
+import logging
 import uuid
 from typing import Any
 
@@ -9,6 +10,11 @@ import kombu
 from celery.app import amqp, control
 from kombu import Queue, pidbox
 from kombu.exceptions import OperationalError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for the answer to a deletion; RabbitMQ itself asks the queue's leader for 5.
+DELETE_TIMEOUT = 15.0
 
 
 class Mailbox(pidbox.Mailbox):  # type: ignore[misc]
@@ -50,8 +56,49 @@ class Producer(kombu.Producer):  # type: ignore[misc]
             raise
 
 
+class Consumer(kombu.Consumer):  # type: ignore[misc]
+    """
+    Deletes an empty queue that a killed RabbitMQ forgot to lead; the next attempt to consume declares it again.
+
+    RabbitMQ 3.10 writes down after half a second that it leads a new quorum queue. Killed before, it comes back with
+    the queue, takes no message for it and answers no consumer, for ever; the connection ends after three heartbeats.
+    Of several nodes, another has it written down.
+    """
+
+    def consume(self, no_ack: bool | None = None) -> None:
+        try:
+            super().consume(no_ack)
+        except self.connection.connection_errors:
+            if len(self.connection.alt) < 2:
+                for queue in self.queues:
+                    _delete_if_nobody_leads(self.connection, queue.name)
+            raise
+
+
+def _delete_if_nobody_leads(lost: kombu.Connection, queue: str) -> None:
+    """Delete the queue if RabbitMQ calls it empty and does not let us consume it either."""
+    # Without heartbeats, which the broker goes on sending: each would count as an answer.
+    with lost.clone(heartbeat=0) as connection:
+        channel = connection.connect().channel()
+        _, messages, consumers = channel.queue_declare(queue, passive=True)
+        if messages or consumers:
+            return
+        try:
+            channel.basic_consume(queue)
+        except TimeoutError:
+            # Without a farewell, for which it would wait too.
+            connection.collect()
+        else:
+            return
+    logger.warning("nobody leads the queue %s since RabbitMQ was killed; it is empty and deleted now", queue)
+    with lost.clone(heartbeat=0, transport_options={**lost.transport_options, "read_timeout": DELETE_TIMEOUT}) as connection:
+        connection.connect().channel().queue_delete(queue)
+
+
 class AMQP(amqp.AMQP):  # type: ignore[misc]
-    """Celery's, with our producer."""
+    """Celery's, with our consumer and producer."""
+
+    Consumer = Consumer
 
     @property
     def producer_pool(self) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import kombu
 import pytest
 
+from bifrost_bootstrap.celery import lasting_queue
 from bifrost_bootstrap.tree import QUEUE
 from tests.clusters.cells import SHORT, ClusterCell
 from tests.clusters.fixtures import clusters, rabbitmq_cluster
 from tests.clusters.matrix import run_cell
 from tests.clusters.stack import ClusterDeployment
 from tests.conftest import RunBootstrap
-from tests.faults.stack import Deployment
+from tests.faults.stack import COMPLETE, Deployment
 
 __all__ = ["clusters", "rabbitmq_cluster"]
 
@@ -23,6 +24,28 @@ OTHERWISE = "inequivalent arg 'x-queue-type'"
 def test_i10_lost_node(clusters: ClusterDeployment, cell: ClusterCell) -> None:
     """Init ends 0 within a minute while the node stays lost, and the worker lives."""
     run_cell(clusters, cell)
+
+
+def declare_as_we_do(url: str, queue: str) -> None:
+    """As every side of ours declares it."""
+    with kombu.Connection(url) as connection:
+        lasting_queue(queue)(connection.default_channel).declare()
+
+
+@pytest.mark.faults  # a minute: RabbitMQ ends a connection that it does not answer after three heartbeats
+def test_i10_killed_as_a_queue_is_declared(deployment: Deployment) -> None:
+    """
+    A single node that is killed at once after the first declaration of a queue is of use again, by itself.
+
+    RabbitMQ 3.10 comes back with a queue that has no leader; what it says of it is that it is empty.
+    """
+    declare_as_we_do(deployment.stack.rabbitmq.url(deployment.vhost), deployment.queue)
+    deployment.stack.rabbitmq.kill()
+    deployment.stack.rabbitmq.start()
+    init = deployment.start_init()
+    deployment.start_worker()
+    assert init.wait(120).returncode == 0
+    assert deployment.cache() == COMPLETE
 
 
 def declare_classic(url: str, queue: str) -> None:
