@@ -11,7 +11,7 @@ from bifrost_bootstrap import child as children, errors, lock, schema
 from bifrost_bootstrap.blockers import BlockerWatch
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.lock import MigrationLock
-from bifrost_bootstrap.postgres import LEFTOVER, REFUSALS
+from bifrost_bootstrap.postgres import LEFTOVER, REFUSALS, at_last_host
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
@@ -61,8 +61,10 @@ def upgrade(
         "lock": asdict(held.proof) | {"class": lock.LOCK_CLASS, "migration": lock.MIGRATION, "runner": lock.RUNNER},
     }  # fmt: skip
     url = settings.migration_database
-    # The tree reads its URL from the environment; an argument would show in the process list.
-    child = children.Child(tree.alembic, request, BIFROST_DATABASE_URL=url.as_written, DATABASE_URL=url.as_written)
+    # The tree reads its URL from the environment; an argument would show in the process list. Its driver may wait for a
+    # frozen host for minutes.
+    as_written = at_last_host(url).as_written
+    child = children.Child(tree.alembic, request, BIFROST_DATABASE_URL=as_written, DATABASE_URL=as_written)
     watch = BlockerWatch(url)
     run = _Run(settings, tree, watch, report, child.output)
     longest_block = max(settings.migration_lock_timeout, SHORTEST_BLOCK)

@@ -196,7 +196,7 @@ def row_reader(settings: Settings, *, answer_timeout: float | None = None) -> It
     """
     Connect to the rows of the source that is there now.
 
-    answer_timeout: seconds that the whole block may take; None is no limit. Raises WarmError where there is no source,
+    answer_timeout: seconds of silence of PostgreSQL; None is no limit. Raises WarmError where there is no source,
     or PostgreSQL refuses to read it.
     """
     url = settings.database
@@ -334,7 +334,7 @@ class Comparison:
 
 
 def compare_now(client: Any, settings: Settings, *, answer_timeout: float | None = None) -> Comparison:
-    """Compare without changing anything. answer_timeout: seconds that PostgreSQL may take for all of it."""
+    """Compare without changing anything. answer_timeout: seconds of silence of PostgreSQL."""
     with row_reader(settings, answer_timeout=answer_timeout) as reader:
         states = ModuleCache(client, reader.source.ttl(settings)).states()
         writers = reader.open_writers()

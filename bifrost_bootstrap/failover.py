@@ -91,7 +91,9 @@ def _delete_if_nobody_leads(lost: kombu.Connection, queue: str) -> None:
         else:
             return
     logger.warning("nobody leads the queue %s since RabbitMQ was killed; it is empty and deleted now", queue)
-    with lost.clone(heartbeat=0, transport_options={**lost.transport_options, "read_timeout": DELETE_TIMEOUT}) as connection:
+    with lost.clone(
+        heartbeat=0, transport_options={**lost.transport_options, "read_timeout": DELETE_TIMEOUT}
+    ) as connection:
         connection.connect().channel().queue_delete(queue)
 
 

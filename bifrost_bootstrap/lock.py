@@ -111,7 +111,7 @@ class MigrationLock:
         SHOW, by the simple protocol: any query takes a snapshot, a concurrent index build that sees it waits for the
         end of our transaction, and with parameters the snapshot even stays until the next statement.
         """
-        with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
+        with postgres.translated(self._url):
             self._connection.execute("SHOW transaction_isolation")
 
     @contextmanager
@@ -122,7 +122,7 @@ class MigrationLock:
         Rarely, while a runner works: a concurrent build that begins to wait for snapshots in these milliseconds waits
         for ours until the lock is given back.
         """
-        with postgres.translated(self._url), postgres.answering(self._connection, LOST_AFTER):
+        with postgres.translated(self._url):
             # Within a transaction pg_stat_activity shows again what it showed first.
             self._connection.execute("SELECT pg_stat_clear_snapshot()")
             yield self._connection
@@ -200,7 +200,7 @@ def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -
         logger.info("%s", what)
         on_wait(what)
 
-    with postgres.connect(url, "migration-lock", autocommit=False) as connection:
+    with postgres.connect(url, "migration-lock", autocommit=False, answer_timeout=LOST_AFTER) as connection:
         # Whatever the role's default: in REPEATABLE READ an idle transaction would hold a snapshot.
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         if postgres.scalar(connection, "SELECT pg_is_in_recovery()"):
@@ -221,11 +221,10 @@ def _take(connection: Connection, deadline: Deadline, on_wait: Callable[[str], N
     said: Deadline | None = None
     attempt = 0
     while True:
-        with postgres.answering(connection, LOST_AFTER):
-            if postgres.scalar(connection, "SELECT pg_try_advisory_xact_lock(%s, %s)", LOCK_CLASS, MIGRATION):
-                return
-            who = holder(connection)
-            connection.rollback()
+        if postgres.scalar(connection, "SELECT pg_try_advisory_xact_lock(%s, %s)", LOCK_CLASS, MIGRATION):
+            return
+        who = holder(connection)
+        connection.rollback()
         if deadline.passed:
             raise BusyError("the migration lock", str(who or "a session that has just ended"))
         if said is None or said.passed:

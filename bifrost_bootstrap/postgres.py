@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from threading import Timer
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
 
+from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import CertificateError, RefusedError, SettingsError, UnavailableError
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.urls import PostgresUrl
@@ -40,13 +40,48 @@ REFUSALS = (
 )  # fmt: skip
 
 
+#: Of each target the host and port that this process was connected to last.
+_answered: dict[str, tuple[str, str]] = {}
+
+
 class NoAnswer(psycopg.OperationalError):
-    """The line was cut by us: the other side took longer than it was given."""
+    """The server was silent for longer than it was given."""
 
 
 def application_name(role: str) -> str:
     """What `pg_stat_activity` shows of us; PostgreSQL keeps 63 bytes of it."""
     return f"bifrost-bootstrap {role} {socket.gethostname()}/{os.getpid()}"[:63]
+
+
+class BoundedConnection(psycopg.Connection[tuple[object, ...]]):
+    """
+    A connection whose server may be silent for `answer_timeout` seconds while we wait for it; None is no limit.
+
+    Then NoAnswer is raised, and the connection is closed. A server that is frozen, or a pooler without a free
+    connection, acknowledges what we send and never answers.
+    """
+
+    answer_timeout: float | None = None
+
+    def wait(self, gen: Any, *options: Any, **named: Any) -> Any:
+        return super().wait(self._bounded(gen) if self.answer_timeout else gen, *options, **named)
+
+    def _bounded(self, exchange: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """The exchange; psycopg resumes it when data comes, and with 0 where none has come for a moment."""
+        assert self.answer_timeout
+        silence = Deadline(self.answer_timeout)
+        ready = None
+        while True:
+            try:
+                wanted = exchange.send(ready)
+            except StopIteration as done:
+                return done.value
+            ready = yield wanted
+            if ready:
+                silence = Deadline(self.answer_timeout)
+            elif silence.passed:
+                self.close()
+                raise NoAnswer(f"no answer within {self.answer_timeout:.0f}s")
 
 
 @contextmanager
@@ -56,53 +91,29 @@ def connect(
     """
     A connection that leaves nothing behind at a pooler: no prepared statement, no session setting.
 
-    answer_timeout: seconds that the whole block may take (see `answering`); None is no limit. Errors inside the
-    block are raised in our words (see `translated`). Closed at the end.
+    answer_timeout: seconds of silence of the server, see `BoundedConnection`. Errors inside the block are raised in
+    our words (see `translated`). Closed at the end.
     """
     with translated(url):
         # Ours wins over the URL's: by this name a waiter says whom it waits for.
         ours = {**ENCODING, "application_name": application_name(role)}
-        connection = psycopg.connect(
-            **{"connect_timeout": CONNECT_TIMEOUT, **KEEPALIVES, **url.parameters, **ours},  # type: ignore[arg-type]
+        connection = BoundedConnection.connect(
+            **{"connect_timeout": CONNECT_TIMEOUT, **KEEPALIVES, **at_last_host(url).parameters, **ours},  # type: ignore[arg-type]
             autocommit=autocommit,
             prepare_threshold=None,
         )
+        _answered[url.target] = (connection.info.host, str(connection.info.port))
+        connection.answer_timeout = answer_timeout
         try:
-            with answering(connection, answer_timeout) if answer_timeout else nullcontext():
-                yield connection
+            yield connection
         finally:
             connection.close()
 
 
-@contextmanager
-def answering(connection: Connection, seconds: float) -> Iterator[None]:
-    """
-    Cut the line when the block takes longer, and raise NoAnswer.
-
-    A server that is frozen, or a pooler without a free connection, acknowledges what we send and never answers.
-    """
-    expired = False
-
-    def cut() -> None:
-        nonlocal expired
-        expired = True
-        # Our own copy: by now the descriptor may be closed, or somebody else's.
-        line.shutdown(socket.SHUT_RDWR)
-
-    with socket.socket(fileno=os.dup(connection.fileno())) as line:
-        timer = Timer(seconds, cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except psycopg.OperationalError as error:
-            if expired:
-                raise NoAnswer(f"no answer within {seconds:.0f}s") from error
-            raise
-        finally:
-            timer.cancel()
-            # Not while it still cuts: the number of our copy may be somebody else's afterwards.
-            timer.join()
+def at_last_host(url: PostgresUrl) -> PostgresUrl:
+    """The URL; of several hosts, first the one that answered last: a frozen one takes `CONNECT_TIMEOUT`."""
+    last = _answered.get(url.target)
+    return url.beginning_at(*last) if last else url
 
 
 @contextmanager

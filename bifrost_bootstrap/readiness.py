@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds from a first comparison that found a difference to the second, and between looks that wait.
 SECOND_LOOK, LOOK_PAUSE = 0.2, 1.0
-#: Seconds that PostgreSQL may take for one comparison: 100,000 modules without a hash that can be trusted need ten.
+#: Seconds that PostgreSQL may be silent in a comparison.
 COMPARE_TIMEOUT = 30.0
 #: Seconds between two log lines that say the same.
 SAY_AGAIN = 10.0

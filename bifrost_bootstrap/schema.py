@@ -99,11 +99,11 @@ def look(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
     if state.verdict == "unknown_revision":
         # Perhaps another application's. Where the tree cannot tell, the revision is what there is to be told.
         with suppress(TreeError):
-            written = version_tables(tree.alembic, url.as_written)
+            written = version_tables(tree.alembic, postgres.at_last_host(url).as_written)
             if written and not any(_same_table(table, one) for one in written):
                 raise VersionTableError(table, written[0])
     elif state.ready and tree.several:
-        states = _states(url, tree, settings, *version_tables(tree.alembic, url.as_written))
+        states = _states(url, tree, settings, *version_tables(tree.alembic, postgres.at_last_host(url).as_written))
         return next((one for one in states if not one.ready), state)
     return state
 

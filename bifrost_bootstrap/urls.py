@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from bifrost_bootstrap.redaction import remember_secret
@@ -75,6 +75,17 @@ class PostgresUrl:
     def target(self) -> str:
         """Host, port and database as written: what two replicas of one deployment have in common."""
         return f"{self.parameters.get('host', '')}:{self.parameters.get('port', '5432')}/{self.database}"
+
+    def beginning_at(self, host: str, port: str) -> PostgresUrl:
+        """The same servers, this one tried first; unchanged where it is none of several."""
+        hosts, ports = (self.parameters.get(word, "").split(",") for word in ("host", "port"))
+        servers = list(zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=False))
+        if len(servers) < 2 or (host, port) not in servers or "hostaddr" in self.parameters:
+            return self
+        servers.sort(key=lambda server: server != (host, port))
+        names, numbers = (",".join(words) for words in zip(*servers, strict=True))
+        parameters = {**self.parameters, "host": names, "port": numbers}
+        return replace(self, as_written=_with_several_hosts(self.as_written, parameters), parameters=parameters)
 
 
 def parse_postgres(text: str) -> PostgresUrl:
