@@ -111,6 +111,7 @@ def look(
     found = Readiness(schema)
     try:
         with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
+            redis_server.want_primary(client, settings.redis)
             cache = ModuleCache(client)
             marker, modules = cache.marker(), cache.size()
             found = Readiness(schema, None, marker, modules)

@@ -131,20 +131,30 @@ def facts(client: redis.Redis) -> ServerFacts | None:
     )
 
 
+def want_primary(client: redis.Redis, url: str) -> ServerFacts | None:
+    """
+    What the server tells of itself, as `facts`. Raises WarmError for a replica and a cluster.
+
+    A primary that was demoted answers with what it held, until it has copied the new one.
+    """
+    server, found = described(url), facts(client)
+    if found and found.cluster:
+        raise WarmError(f"{server} {_IS_CLUSTER}")
+    if found and found.primary:
+        raise WarmError(f"{server} is a read-only replica of {found.primary}; BIFROST_REDIS_URL must name the primary")
+    return found
+
+
 def room_for_writing(client: redis.Redis, url: str) -> int | None:
     """
     Bytes left below `maxmemory`; None where there is no limit, or this user may not ask.
 
     Warns of a policy that may evict what we write. Raises WarmError for a replica and a cluster.
     """
-    server, found = described(url), facts(client)
+    server, found = described(url), want_primary(client, url)
     if found is None:
         logger.info("%s does not tell its memory to this user", server)
         return None
-    if found.cluster:
-        raise WarmError(f"{server} {_IS_CLUSTER}")
-    if found.primary:
-        raise WarmError(f"{server} is a read-only replica of {found.primary}; BIFROST_REDIS_URL must name the primary")
     if found.evicts:
         logger.warning("%s may evict %s (maxmemory-policy %s); use noeviction", server, found.evicts, found.policy)
     return found.limit - found.used if found.limit else None
