@@ -23,9 +23,9 @@ PROBE = f"{QUEUE}.nobody"
 _NACKED = (
     "it did not take the message; look for a policy with max-length and reject-publish, and for nodes that are down"
 )
-#: Reply codes by which RabbitMQ refuses a right, a queue that was declared otherwise, a login or a virtual host. The
-#: last two also stand for a limit that is reached, which passes.
-_REFUSALS = (403, 406, 530)
+#: Reply codes by which RabbitMQ refuses a right, a login or a virtual host (the last two also stand for a limit that is
+#: reached, which passes), and a queue that was declared with other arguments.
+_REFUSALS = {403: errors.RefusedError, 530: errors.RefusedError, 406: errors.DeclaredOtherwiseError}
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,28 @@ def _as_ours(error: BaseException) -> errors.BootstrapError:
         return errors.CertificateError(server, text)
     if isinstance(error, FileNotFoundError):
         return errors.CertificateError(server, errors.NO_TLS_FILE)
-    if getattr(error, "code", None) in _REFUSALS and "limit" not in text:
-        return errors.RefusedError(server, text)
+    refusal = _REFUSALS.get(getattr(error, "code", None) or 0)
+    if refusal and "limit" not in text:
+        return refusal(server, text)
     return errors.UnavailableError(server, text)
 
 
 @contextmanager
 def connected() -> Iterator[Connection]:
-    """A connection to the first node that answers; each is tried once."""
+    """A connection to the first node that answers, each tried once; the next ones begin there."""
     with app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0)
+        _begin_at_node_of(connection)
         yield connection
+
+
+def _begin_at_node_of(connection: Connection) -> None:
+    """Let this process try this node first: a frozen one takes `broker_connection_timeout` each time."""
+    nodes = {url: Connection(url) for url in connection.alt}
+    here = (connection.hostname, connection.port)
+    order = sorted(nodes, key=lambda url: (nodes[url].hostname, nodes[url].port) != here)
+    if order != connection.alt:
+        app.conf.broker_url = ";".join(order)
 
 
 def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> QueueState:

@@ -120,6 +120,12 @@ class RefusedError(BootstrapError):
     advice = "check user, password, database name and rights in the server's URL"
 
 
+class DeclaredOtherwiseError(RefusedError):
+    """RabbitMQ has something of ours under its name with other arguments, as another release declared it."""
+
+    advice = "delete what it names (a queue: `rabbitmqctl delete_queue -p VHOST NAME`); it is declared again at once"
+
+
 #: The reason of a CertificateError where the URL names a CA, certificate or key that is not there.
 NO_TLS_FILE = "a file that the URL names for TLS is not there"
 

@@ -64,6 +64,7 @@ def test_i10_queue_declared_otherwise(deployment: Deployment, run_bootstrap: Run
     done = run_bootstrap(command, env=deployment.environment(deployment.stack.init_lines), timeout=60)
     assert done.returncode == 78, done.stderr
     assert OTHERWISE in done.stderr.splitlines()[-1]
+    assert "delete_queue" in done.stderr.splitlines()[-1]
 
 
 def test_i10_init_beside_an_old_queue_of_calls(
