@@ -23,6 +23,7 @@ test: venv ## all tests but those below
 	tools/test-servers
 	# More processes than cores: most of a test is waiting for servers.
 	$(PYTHON) -m pytest -n 4 -m "not faults and not race and not clusters" $(PYTEST_ARGS)
+	@$(PYTHON) -m tests.servers.versions
 
 .PHONY: test-pythons
 test-pythons: venv ## the unit tests on every other CPython that is here

@@ -15,6 +15,7 @@ import yaml
 from bifrost_bootstrap.cli import main
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.settings import Settings, duration
+from bifrost_bootstrap.urls import parse_broker, parse_postgres, several
 from tests.compose.stack import CHECKOUT, run
 from tests.docs.documents import fence
 from tests.kube.manifests import (
@@ -192,6 +193,19 @@ def test_every_secret_has_an_example() -> None:
                     assert reference["key"] in secrets[reference["name"]]
             for source in container.get("envFrom", []):
                 assert source.get("secretRef", {"name": "bifrost-platform"})["name"] in secrets
+
+
+def test_the_example_of_several_nodes_names_them_all() -> None:
+    """Its URLs are read as three nodes of RabbitMQ and two of PostgreSQL, under keys that the manifests know."""
+    (secret,) = read(EXAMPLES / "several-nodes.yaml")
+    known = {
+        one["metadata"]["name"]: set(one["stringData"]) for one in read(EXAMPLES / "bifrost-bootstrap-secrets.yaml")
+    }
+    urls = secret["stringData"]
+    assert set(urls) <= known[secret["metadata"]["name"]]
+    assert len(several(parse_broker(urls["rabbitmq-url"]))) == 3
+    for key in ("database-url", "migration-database-url"):
+        assert len(parse_postgres(urls[key]).parameters["host"].split(",")) == 2
 
 
 def test_the_job_knows_our_exit_codes() -> None:

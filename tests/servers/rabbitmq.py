@@ -147,8 +147,8 @@ class RabbitmqServer(Server, Rabbitmq):
         return answer[1]
 
     def prepare(self) -> None:
-        home = _home()
-        _needed_applications(home, self.data / "rabbitmq")
+        folder = home()
+        _needed_applications(folder, self.data / "rabbitmq")
         (self.data / "log").mkdir(exist_ok=True)
         cookie = self.data / ".erlang.cookie"
         if not cookie.exists():
@@ -252,7 +252,7 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-def _home() -> Path:
+def home() -> Path:
     """Return the folder of the newest RabbitMQ with its sbin and plugins."""
     found = [home for pattern in HOMES for home in Path("/").glob(pattern) if (home / "sbin/rabbitmq-server").exists()]
     if not found:
