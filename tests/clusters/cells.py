@@ -25,6 +25,11 @@ class ClusterCell(cells.Cell):
     """One node is lost in one phase, and another one takes over. target: server, and which node or which address."""
 
     @property
+    def title(self) -> str:
+        """Server, and which node or address."""
+        return self.target.replace("-", " ")
+
+    @property
     def bound(self) -> float:
         """Seconds."""
         return BOUND

@@ -26,6 +26,11 @@ class Cell:
         return f"{self.target}-{self.fault}-{self.phase}"
 
     @property
+    def title(self) -> str:
+        """What is hit, in the table; a line between two is both of them."""
+        return self.target.replace("-", " ↔ ")
+
+    @property
     def bound(self) -> float:
         return BOUND_AFTER_CUT if self.fault == "cut" else BOUND
 
@@ -85,6 +90,6 @@ def table(seconds: Mapping[str, float], cells: Sequence[Cell] = EVERY, phases: S
             text = f"({reasons.index(reason) + 1})"
         else:
             text = f"{cell.exit_code}, {seconds[str(cell)]:.0f} s"
-        rows.setdefault((cell.target.replace("-", " ↔ "), cell.fault), []).append(text)
+        rows.setdefault((cell.title, cell.fault), []).append(text)
     lines += [f"| {target}: {fault} | " + " | ".join(texts) + " |" for (target, fault), texts in rows.items()]
     return "\n".join([*lines, "", *(f"({number}) {reason}." for number, reason in enumerate(reasons, 1)), ""])
