@@ -8,9 +8,9 @@ so a `celeryconfig.py` in the working folder changes nothing.
 from __future__ import annotations
 
 from bifrost_bootstrap.celery import lasting_queue
-from bifrost_bootstrap.redis_server import celery_url
+from bifrost_bootstrap.migrate.tree import QUEUE
+from bifrost_bootstrap.servers.redis_server import celery_url
 from bifrost_bootstrap.settings import load
-from bifrost_bootstrap.tree import QUEUE
 from bifrost_bootstrap.urls import amqp_tls
 
 _settings = load(needs=("redis", "rabbitmq"))
@@ -63,7 +63,7 @@ result_backend_always_retry = True
 # Seconds that `celery result` and Flower can show a result.
 result_expires = 24 * 3600
 
-# Acknowledged on receipt (`worker.py`): late acknowledgement runs migrations twice after a broker restart, repeats
+# Acknowledged on receipt (`worker/program.py`): late acknowledgement runs migrations twice after a broker restart, repeats
 # poison for ever, and dies of the broker's consumer timeout. What a lost worker held, init enqueues again.
 task_acks_late = False
 # One at a time: the lock would make a second migration wait, and two warms do the same work twice.
@@ -71,8 +71,8 @@ worker_concurrency = 1
 worker_prefetch_multiplier = 1
 # Never kill and redo a running migration because the broker was away.
 worker_cancel_long_running_tasks_on_connection_loss = False
-worker_consumer = "bifrost_bootstrap.worker:Consumer"
-imports = ("bifrost_bootstrap.tasks", "bifrost_bootstrap.worker")
+worker_consumer = "bifrost_bootstrap.worker.program:Consumer"
+imports = ("bifrost_bootstrap.worker.tasks", "bifrost_bootstrap.worker.program")
 
 # Flower shows nothing without events.
 task_track_started = True

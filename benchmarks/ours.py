@@ -13,7 +13,7 @@ import sys
 
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.warm import WarmResult, warm
+from bifrost_bootstrap.warm.step import WarmResult, warm
 
 
 def run() -> WarmResult:

@@ -13,7 +13,7 @@ def main() -> NoReturn:
         signal.signal(number, lambda received, _frame: os._exit(128 + received))
     _open_what_is_closed()
     try:
-        from bifrost_bootstrap.cli import run
+        from bifrost_bootstrap.cli.commands import run
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseException as error:

@@ -14,8 +14,8 @@ from kombu.exceptions import OperationalError
 
 from bifrost_bootstrap import errors
 from bifrost_bootstrap.celery import add_queue, app
+from bifrost_bootstrap.migrate.tree import QUEUE
 from bifrost_bootstrap.redaction import masked
-from bifrost_bootstrap.tree import QUEUE
 
 #: Routing key of a message that no queue is to get.
 PROBE = f"{QUEUE}.nobody"

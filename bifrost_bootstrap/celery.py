@@ -17,7 +17,7 @@ from kombu import Exchange, Queue
 
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.errors import SettingsError
-from bifrost_bootstrap.tree import QUEUE
+from bifrost_bootstrap.migrate.tree import QUEUE
 
 CONFIGURATION = Path(__file__).parent.parent / "celeryconfig.py"
 MIGRATE = "bifrost.bootstrap.migrate"

@@ -5,6 +5,7 @@ Every error of this program, with the exit code it ends in.
     ├── UsageError                64  a command was not told what it needs
     ├── SettingsError             78  a setting is missing or malformed; all faults at once
     ├── RefusedError              78  a server refuses us: password, database, rights
+    │   ├── DeclaredOtherwiseError 78 RabbitMQ has a queue of ours that was declared with other arguments
     │   └── CertificateError      78  we refuse a server: its certificate is not what it should be
     ├── WrongDatabaseError        78  env.py migrates another database than the one that is locked
     ├── TreeError                 78  the tree fails before its first revision: a setting of its own, an import

@@ -62,6 +62,8 @@ def wanted_key(task_id: str) -> bytes:
     return b"bifrost:bootstrap:wanted:" + task_id.encode()
 
 
+#: Seconds that a message waits in the broker; then the broker drops it, and a living init sends another.
+MESSAGE_TTL = 45.0
 #: Seconds between two heartbeats, and for how long one vouches for a task: a worker that is paused for 5 s is not
 #: taken for dead, and a dead one is noticed within 10 s.
 BEAT, HELD_TTL = 2.0, 10

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from bifrost_bootstrap import report
+from bifrost_bootstrap.cli import report
 from bifrost_bootstrap.errors import ExitCode
 from tests.acceptance.state import MODULES, insert_modules
 from tests.conftest import RunBootstrap

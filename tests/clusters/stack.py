@@ -10,7 +10,7 @@ from pathlib import Path
 
 import kombu
 
-from bifrost_bootstrap.tree import QUEUE
+from bifrost_bootstrap.migrate.tree import QUEUE
 from tests.faults.stack import Deployment, Lines, Stack
 from tests.servers import Database, PostgresServer, Proxy, RabbitmqServer, RedisServer, RunFolder
 from tests.servers.command import Commands

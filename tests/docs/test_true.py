@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from bifrost_bootstrap.celery import MIGRATE, WARM
-from bifrost_bootstrap.cli import main
+from bifrost_bootstrap.cli.commands import main
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.settings import Settings
 from tests.docs.documents import CHECKOUT, DOCUMENTS, Block, Document

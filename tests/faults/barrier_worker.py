@@ -11,16 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bifrost_bootstrap import cli, tasks, warm, worker
+from bifrost_bootstrap.cli import commands
+from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.progress import Progress, Report
-from bifrost_bootstrap.tree import Tree
+from bifrost_bootstrap.warm import step as warm_step
+from bifrost_bootstrap.worker import program as worker_program, tasks
 
 FOLDER = Path(os.environ["TEST_BARRIERS"])
 #: Seconds between two looks at the folder.
 POLL_INTERVAL = 0.02
 
-warm_step = warm.warm
-beat = worker.Heartbeat.beat
+run_warm = warm_step.warm
+beat = worker_program.Heartbeat.beat
 
 
 def barrier(name: str) -> None:
@@ -38,12 +40,12 @@ def warm_with_barriers(settings: Any, deadline: Any, report: Report, **options: 
         if progress.total:
             barrier("warming")
 
-    result = warm_step(settings, deadline, report_and_wait, **options)
+    result = run_warm(settings, deadline, report_and_wait, **options)
     barrier("result")
     return result
 
 
-def beat_with_barrier(heartbeat: worker.Heartbeat) -> None:
+def beat_with_barrier(heartbeat: worker_program.Heartbeat) -> None:
     """The worker's loop comes here every two seconds."""
     barrier("loop")
     beat(heartbeat)
@@ -52,11 +54,11 @@ def beat_with_barrier(heartbeat: worker.Heartbeat) -> None:
 def main() -> int:
     """Run the worker."""
     vars(tasks)["warm_step"] = warm_with_barriers
-    type.__setattr__(worker.Heartbeat, "beat", beat_with_barrier)
+    type.__setattr__(worker_program.Heartbeat, "beat", beat_with_barrier)
     if queue := os.environ.get("TEST_QUEUE"):
         # The queue is named after host and port of the database, which differ for init behind another proxy.
         type.__setattr__(Tree, "queue", lambda _tree, _target: queue)
-    return cli.run(["worker"])
+    return commands.run(["worker"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import kombu
 import psutil
 import psycopg
 
-from bifrost_bootstrap.tree import QUEUE
+from bifrost_bootstrap.migrate.tree import QUEUE
 from bifrost_bootstrap.urls import digest, parse_postgres
 from tests.servers import Command, Database, PostgresServer, Proxy, RabbitmqServer, RedisServer, RunFolder, Server
 from tests.servers.command import Commands
@@ -43,7 +43,8 @@ SERVERS = ("postgres", "redis", "rabbitmq")
 #: `bifrost-bootstrap init` with a shorter patience for refusals in the middle than the 30 s that it has.
 LESS_PATIENT = """
 import sys
-from bifrost_bootstrap import cli, observer
+from bifrost_bootstrap.cli import commands as cli
+from bifrost_bootstrap.init import observer
 observer.REFUSAL_PATIENCE = 2.0
 sys.exit(cli.run(["init", "--timeout", "3m"]))
 """

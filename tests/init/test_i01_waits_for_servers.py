@@ -11,9 +11,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from bifrost_bootstrap import deadline, postgres, waiting
+from bifrost_bootstrap import deadline
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import RefusedError, UnavailableError
+from bifrost_bootstrap.servers import postgres, waiting
 from bifrost_bootstrap.urls import parse_postgres
 from tests.faults.stack import COMPLETE, LESS_PATIENT, Deployment
 from tests.servers import PLANTED_PASSWORD
@@ -166,7 +167,8 @@ def test_i01_a_table_that_is_locked_is_69(deployment: Deployment, command: str) 
     options = ["--timeout", "6s"] if command == "init" else []
     program = f"""
 import sys
-from bifrost_bootstrap import cli, readiness
+from bifrost_bootstrap.cli import commands as cli
+from bifrost_bootstrap.status import readiness
 readiness.COMPARE_TIMEOUT = 3.0
 sys.exit(cli.run({[command, *options]}))
 """
@@ -187,7 +189,10 @@ def test_i01_what_nobody_thought_of_ends_too(deployment: Deployment, hangs: str,
     deployment.stack.init_lines.redis.refuse()
     program = f"""
 import sys, time
-from bifrost_bootstrap import cli, init, readiness, waiting
+from bifrost_bootstrap.cli import commands as cli
+from bifrost_bootstrap.init import loop as init
+from bifrost_bootstrap.servers import waiting
+from bifrost_bootstrap.status import readiness
 init.GRACE = 1.0
 {hangs} = lambda *_, **__: time.sleep(600)
 sys.exit(cli.run(["init", "--timeout", "2s"]))

@@ -22,7 +22,8 @@ from tests.servers.process import wait_until
 STOPPING_INIT = """
 import os, sys, time
 from pathlib import Path
-from bifrost_bootstrap import cache_diff, cli
+from bifrost_bootstrap.cli import commands as cli
+from bifrost_bootstrap.warm import diff as cache_diff
 compare_now, folder = cache_diff.compare_now, Path(sys.argv[1])
 
 def stopping(*arguments, **options):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import kombu
 import pytest
 
-from bifrost_bootstrap.chain import WANTED_TTL
-from bifrost_bootstrap.decision import MESSAGE_TTL
+from bifrost_bootstrap.init.chain import WANTED_TTL
+from bifrost_bootstrap.progress import MESSAGE_TTL
 from tests.faults.stack import CLEAN_TIMEOUT, Deployment
 from tests.servers.process import wait_until
 

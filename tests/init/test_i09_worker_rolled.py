@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 
-from bifrost_bootstrap.decision import SILENCE
-from bifrost_bootstrap.guard import ANY_TASK
+from bifrost_bootstrap.init.decision import SILENCE
 from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
+from bifrost_bootstrap.worker.cache_monitor import ANY_TASK
 from tests.faults.stack import COMPLETE, PHASE_TIMEOUT, REVISIONS, Deployment
 from tests.servers.process import wait_until
 

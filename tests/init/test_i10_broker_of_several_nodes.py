@@ -6,7 +6,7 @@ import kombu
 import pytest
 
 from bifrost_bootstrap.celery import lasting_queue
-from bifrost_bootstrap.tree import QUEUE
+from bifrost_bootstrap.migrate.tree import QUEUE
 from tests.clusters.cells import SHORT, ClusterCell
 from tests.clusters.fixtures import clusters, rabbitmq_cluster
 from tests.clusters.matrix import run_cell

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 import bifrost_bootstrap
-from bifrost_bootstrap.embedded import EmbeddedServers, embedded_servers
+from bifrost_bootstrap.dev.embedded import EmbeddedServers, embedded_servers
 
 TREE = Path(bifrost_bootstrap.__file__).parent / "migrations"
 #: What a warm reads of the table.

@@ -10,8 +10,8 @@ import psycopg
 import pytest
 import redis as redis_py
 
-from bifrost_bootstrap import postgres as ours, redis_server
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
+from bifrost_bootstrap.servers import postgres as ours, redis_server
 from bifrost_bootstrap.urls import PostgresUrl, parse_postgres
 from tests.servers import Database, Postgres, RedisAddress
 from tests.servers.leaks import leaks_in

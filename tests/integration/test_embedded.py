@@ -20,7 +20,7 @@ import psycopg
 import pytest
 import redis
 
-from bifrost_bootstrap.embedded import EmbeddedServers, _package, _port, embedded_servers
+from bifrost_bootstrap.dev.embedded import EmbeddedServers, _package, _port, embedded_servers
 
 ROOT = Path(__file__).parents[2]
 #: Seconds until servers whose caller was killed are gone; the reaper gives them 30.
@@ -30,7 +30,7 @@ GONE_DEADLINE = 60.0
 COMMAND = """
 import os, signal, sys
 import psycopg
-from bifrost_bootstrap.embedded import embedded_servers
+from bifrost_bootstrap.dev.embedded import embedded_servers
 if "ordinary" in sys.argv:
     os.setgroups([])
     os.setgid(65534)
@@ -276,7 +276,7 @@ def test_as_root_with_wheels_where_only_root_may_go(folder: Path, tmp_path: Path
 
 def test_missing_wheels_are_named() -> None:
     """Without the extra the fault says how to install it."""
-    source = "from bifrost_bootstrap.embedded import embedded_servers\nwith embedded_servers(): pass"
+    source = "from bifrost_bootstrap.dev.embedded import embedded_servers\nwith embedded_servers(): pass"
     # -S: without the installed packages.
     failed = subprocess.run(
         [sys.executable, "-S", "-c", source],

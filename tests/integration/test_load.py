@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bifrost_bootstrap.dev.load import load
 from bifrost_bootstrap.errors import SettingsError
-from bifrost_bootstrap.load import load
 from bifrost_bootstrap.settings import Settings
 from tests.servers import Database
 

@@ -21,7 +21,7 @@ TIMEOUT = 100
 NEEDED = {
     "celeryconfig.py",
     "bifrost_bootstrap/py.typed",
-    "bifrost_bootstrap/alembic_child.py",
+    "bifrost_bootstrap/migrate/runner_script.py",
     "bifrost_bootstrap/migrations/alembic.ini",
     "bifrost_bootstrap/migrations/env.py",
     "bifrost_bootstrap/migrations/versions/0001_workspace_files.py",

@@ -8,7 +8,7 @@ import sys
 import kombu
 import pytest
 
-from bifrost_bootstrap.tree import QUEUE
+from bifrost_bootstrap.migrate.tree import QUEUE
 from tests.conftest import RunCommand
 
 #: Declares the shared queue and that of a tree the way a worker and an init do, on connections of their own.
@@ -46,7 +46,9 @@ def test_queues_are_declared_the_same_twice(
 
 SEND = """
 import json, sys
-from bifrost_bootstrap import chain, redis_server, settings
+from bifrost_bootstrap import settings
+from bifrost_bootstrap.init import chain
+from bifrost_bootstrap.servers import redis_server
 from bifrost_bootstrap.celery import app
 from bifrost_bootstrap.deadline import Deadline
 configured = settings.load(("redis",))

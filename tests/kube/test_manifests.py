@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from bifrost_bootstrap.cli import main
+from bifrost_bootstrap.cli.commands import main
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.settings import Settings, duration
 from bifrost_bootstrap.urls import parse_broker, parse_postgres, several

@@ -6,7 +6,7 @@ import sys
 from bifrost_bootstrap import logs, settings
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError
-from bifrost_bootstrap.migrate import migrate
+from bifrost_bootstrap.migrate.step import migrate
 from bifrost_bootstrap.progress import Progress
 
 

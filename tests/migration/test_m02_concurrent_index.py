@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bifrost_bootstrap import lock
-from bifrost_bootstrap.blockers import BlockerWatch
 from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.migrate import lock
+from bifrost_bootstrap.migrate.blockers import BlockerWatch
 from bifrost_bootstrap.urls import parse_postgres
 from tests.migration.conftest import StartMigrate
 from tests.migration.steps import Barrier, Tree, applied, barrier, concurrent_index, index_states, outcome

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.lock import hold
+from bifrost_bootstrap.migrate.lock import hold
 from bifrost_bootstrap.urls import parse_postgres
 from tests.migration.conftest import StartMigrate, StartPool
 from tests.migration.steps import (

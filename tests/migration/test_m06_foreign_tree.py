@@ -75,7 +75,7 @@ def test_m06_run_after_run_in_one_worker(
     tree.revision("three", 'raise RuntimeError("not today")')
     start_command([*CELERY, "call", "bifrost.bootstrap.migrate"], env=env).wait()
     worker.wait_for(r"revision three \(Revision three\) failed: RuntimeError: not today")
-    assert not [child for child in worker.descendants() if "alembic_child" in " ".join(child.cmdline())]
+    assert not [child for child in worker.descendants() if "runner_script" in " ".join(child.cmdline())]
     assert json.loads(init.stdout)["migrate"]["applied"][0]["title"] == "Revision one"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
-from bifrost_bootstrap import postgres as ours
+from bifrost_bootstrap.servers import postgres as ours
 from bifrost_bootstrap.urls import parse_postgres
 from tests.migration.conftest import StartMigrate
 from tests.migration.steps import (

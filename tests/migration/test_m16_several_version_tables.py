@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_bootstrap.tree_source import visits_several
+from bifrost_bootstrap.migrate.tree_source import visits_several
 from tests.conftest import RunBootstrap
 from tests.migration.conftest import StartMigrate
 from tests.migration.steps import Tree, outcome

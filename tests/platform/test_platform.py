@@ -24,7 +24,7 @@ import pytest
 import redis
 from psycopg.conninfo import conninfo_to_dict
 
-from bifrost_bootstrap.embedded import EmbeddedServers, embedded_servers
+from bifrost_bootstrap.dev.embedded import EmbeddedServers, embedded_servers
 from tests.conftest import StartServer
 from tests.servers import PgbouncerServer, RunFolder
 from tests.servers.leaks import PLANTED_PASSWORD

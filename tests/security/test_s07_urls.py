@@ -14,7 +14,7 @@ from celery.backends.redis import RedisBackend
 from hypothesis import given, strategies as st
 
 from bifrost_bootstrap.errors import SettingsError
-from bifrost_bootstrap.redis_server import celery_url
+from bifrost_bootstrap.servers.redis_server import celery_url
 from bifrost_bootstrap.settings import load
 from bifrost_bootstrap.urls import REDIS_WORDS, parse_redis
 from tests.conftest import RunBootstrap, RunCommand, StartServer

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import bifrost_bootstrap
-from bifrost_bootstrap import cli
+from bifrost_bootstrap.cli import commands
 from bifrost_bootstrap.errors import ExitCode
 from tests.conftest import RunBootstrap, RunCommand, StartCommand
 
@@ -56,7 +56,7 @@ def in_process() -> Iterator[None]:
 )
 def test_wrong_usage_is_64(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong usage is told on stderr, and is 64 and not click's 2."""
-    assert cli.run(arguments) == 64
+    assert commands.run(arguments) == 64
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.out == ""
@@ -67,7 +67,7 @@ def test_wrong_usage_is_64(arguments: list[str], words: str, capsys: pytest.Capt
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_0(arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Help is a result: on stdout, with 0, and without any setting; of a command with two examples and its codes."""
-    assert cli.run([*arguments, flag]) == 0
+    assert commands.run([*arguments, flag]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"Usage: {' '.join(['bifrost-bootstrap', *arguments])}")
     assert captured.err == ""
@@ -82,7 +82,7 @@ def test_help_is_0(arguments: list[str], flag: str, capsys: pytest.CaptureFixtur
 @pytest.mark.usefixtures("in_process")
 def test_version_is_0(capsys: pytest.CaptureFixture[str]) -> None:
     """The version of the package, on stdout."""
-    assert cli.run(["--version"]) == 0
+    assert commands.run(["--version"]) == 0
     assert capsys.readouterr().out == f"bifrost-bootstrap, version {bifrost_bootstrap.__version__}\n"
 
 
@@ -213,8 +213,8 @@ def test_signal_outside_a_command_has_its_code(
     number: signal.Signals, code: ExitCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal that comes before or after the work of a command ends the program with the code of the signal."""
-    monkeypatch.setattr(cli.main, "main", lambda *_arguments, **_options: signal.raise_signal(number))
-    assert cli.run([]) == code
+    monkeypatch.setattr(commands.main, "main", lambda *_arguments, **_options: signal.raise_signal(number))
+    assert commands.run([]) == code
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["check", "--json"], 78)], ids=str)
@@ -253,14 +253,15 @@ def test_stdout_that_cannot_be_written(
 
 def test_bug_outside_a_command_is_70(monkeypatch: pytest.MonkeyPatch, in_process: None) -> None:
     """What no command has caught is a bug as well."""
-    monkeypatch.setattr(cli.main, "main", lambda *_arguments, **_options: 1 / 0)
-    assert cli.run([]) == 70
+    monkeypatch.setattr(commands.main, "main", lambda *_arguments, **_options: 1 / 0)
+    assert commands.run([]) == 70
 
 
 #: Cleans up without an end when it is told to stop.
 SLOW_TO_END = """
 import sys, time
-from bifrost_bootstrap import cli, command
+from bifrost_bootstrap.cli import commands as cli
+from bifrost_bootstrap.cli import execution as command
 command.SIGNAL_GRACE = 0.5
 
 def work(*_, **__):

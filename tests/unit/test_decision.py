@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 
-from bifrost_bootstrap.decision import (
-    MESSAGE_TTL,
+from bifrost_bootstrap.errors import (
+    BootstrapError,
+    MigrateGivenUpError,
+    MigrationError,
+    SchemaError,
+    WarmError,
+    WarmGivenUpError,
+)
+from bifrost_bootstrap.init.decision import (
     MOST_ATTEMPTS,
     SILENCE,
     UNDONE_PAUSE,
@@ -21,15 +28,7 @@ from bifrost_bootstrap.decision import (
     Wait,
     decide,
 )
-from bifrost_bootstrap.errors import (
-    BootstrapError,
-    MigrateGivenUpError,
-    MigrationError,
-    SchemaError,
-    WarmError,
-    WarmGivenUpError,
-)
-from bifrost_bootstrap.progress import Progress
+from bifrost_bootstrap.progress import MESSAGE_TTL, Progress
 
 REFUSAL = SchemaError("several_heads", "forked", "merge")
 FAILED_MIGRATE = MigrationError("0002", "t", "", "no", "", ["0001"])

@@ -8,11 +8,11 @@ import pytest
 import redis
 from hypothesis import given, strategies as st
 
-from bifrost_bootstrap import redis_server
-from bifrost_bootstrap.cache_diff import CacheDiff, trusted
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, WarmError
-from bifrost_bootstrap.module_cache import TAIL, Marker, _rights_named, entry, tail
-from bifrost_bootstrap.warm import BATCH_SIZE, ENTRY_BYTES, _batches
+from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.warm.cache import TAIL, Marker, _rights_named, entry, tail
+from bifrost_bootstrap.warm.diff import CacheDiff, trusted
+from bifrost_bootstrap.warm.step import BATCH_SIZE, ENTRY_BYTES, _batches
 
 HASH = "0123456789abcdef" * 4
 #: Characters of UTF-8 text.

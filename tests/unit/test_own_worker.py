@@ -11,7 +11,7 @@ import pytest
 
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError, InternalError, SettingsError, UnavailableError
-from bifrost_bootstrap.own_worker import MOST_STARTS, OwnWorker
+from bifrost_bootstrap.init.worker_process import MOST_STARTS, OwnWorker
 
 
 def start_for_ever(worker: OwnWorker) -> None:

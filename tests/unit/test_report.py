@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from bifrost_bootstrap import report
+from bifrost_bootstrap.cli import report
+from bifrost_bootstrap.dev.load import LoadResult
 from bifrost_bootstrap.errors import BusyError, ExitCode
-from bifrost_bootstrap.init import InitReport
-from bifrost_bootstrap.load import LoadResult
-from bifrost_bootstrap.readiness import Readiness
+from bifrost_bootstrap.init.loop import InitReport
+from bifrost_bootstrap.migrate.schema_state import SchemaState
+from bifrost_bootstrap.migrate.tree import Revision
 from bifrost_bootstrap.redaction import remember_secret
-from bifrost_bootstrap.schema import SchemaState
-from bifrost_bootstrap.tree import Revision
+from bifrost_bootstrap.status.readiness import Readiness
 
 BEHIND = SchemaState("behind", ("0002",), ("0001",), (Revision("0002", "Index the modules"),))
 READY = Readiness(BEHIND, None, None, 1200)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bifrost_bootstrap.errors import ExitCode
-from bifrost_bootstrap.schema import SchemaState, judge
-from bifrost_bootstrap.tree import Alembic, Revision, Tree
+from bifrost_bootstrap.migrate.schema_state import SchemaState, judge
+from bifrost_bootstrap.migrate.tree import Alembic, Revision, Tree
 
 
 def tree_of(*revisions: Revision) -> Tree:

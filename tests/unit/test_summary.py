@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from bifrost_bootstrap import summary
-from bifrost_bootstrap.cache_diff import CacheDiff
-from bifrost_bootstrap.init import InitReport
-from bifrost_bootstrap.load import LoadResult
-from bifrost_bootstrap.plan import Plan
-from bifrost_bootstrap.readiness import Readiness
-from bifrost_bootstrap.schema import SchemaState
-from bifrost_bootstrap.surroundings import Surroundings
-from bifrost_bootstrap.tree import Revision
-from bifrost_bootstrap.waiting import Waited
+from bifrost_bootstrap.cli import summary
+from bifrost_bootstrap.dev.load import LoadResult
+from bifrost_bootstrap.init.loop import InitReport
+from bifrost_bootstrap.migrate.schema_state import SchemaState
+from bifrost_bootstrap.migrate.tree import Revision
+from bifrost_bootstrap.servers.waiting import Waited
+from bifrost_bootstrap.status.diagnostics import Surroundings
+from bifrost_bootstrap.status.plan import Plan
+from bifrost_bootstrap.status.readiness import Readiness
+from bifrost_bootstrap.warm.diff import CacheDiff
 
 AT_HEAD = SchemaState("at_head", ("0002",), ("0002",), ready=True)
 BEHIND = SchemaState("behind", ("0002",), ("0001",), (Revision("0002", "Index the modules"),))

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from bifrost_bootstrap.cli.terminal import bar
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.terminal import bar
 
 #: Entries of a warm that goes on for longer than a bar needs to know its rate.
 TOTAL = 3000

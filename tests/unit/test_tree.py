@@ -13,11 +13,11 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from bifrost_bootstrap import tree_loading
 from bifrost_bootstrap.errors import MigrationError, SettingsError, TreeError
+from bifrost_bootstrap.migrate import tree_loading
+from bifrost_bootstrap.migrate.tree import Alembic, Revision, Tree
+from bifrost_bootstrap.migrate.tree_loading import BUILTIN
 from bifrost_bootstrap.settings import load as load_settings
-from bifrost_bootstrap.tree import Alembic, Revision, Tree
-from bifrost_bootstrap.tree_loading import BUILTIN
 
 #: No such program: who needs the tree's Alembic fails, so what loads with it was read from the source.
 NO_PYTHON = "/nonexistent/python"

@@ -10,8 +10,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from hypothesis import given, settings, strategies as st
 
-from bifrost_bootstrap.tree import Revision
-from bifrost_bootstrap.tree_source import read_source
+from bifrost_bootstrap.migrate.tree import Revision
+from bifrost_bootstrap.migrate.tree_source import read_source
 
 NAMES = st.sampled_from(["1", "2", "3", "a1", "b_2", "ü"])
 #: How a file may set one of Alembic's variables: plainly, in another way, or twice.

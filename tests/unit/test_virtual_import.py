@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from bifrost_bootstrap.embedded import EmbeddedServers, embedded_servers
+from bifrost_bootstrap.dev.embedded import EmbeddedServers, embedded_servers
 from tests import virtual_import
 from tests.virtual_import import INDEX, PREFIX, imports_from
 

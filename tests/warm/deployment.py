@@ -14,7 +14,7 @@ import redis
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.warm import WarmResult, warm
+from bifrost_bootstrap.warm.step import WarmResult, warm
 from tests.servers import Database
 
 ENTRY, INDEX, OWN = b"bifrost:module:", b"bifrost:module:index", b"bifrost:bootstrap:"

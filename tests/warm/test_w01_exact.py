@@ -168,7 +168,7 @@ def test_w01_index_that_names_itself(deployment: Deployment, row: bool) -> None:
 
 def test_w01_many_added_at_once(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large fill, whose entries go straight into their places, is as exact, also over entries without index."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.LARGE_FILL", 10)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 10)
     deployment.put({f"m{n}.py": f"x = {n}" for n in range(100)})
     deployment.api_set("m1.py", "older")
     deployment.api_set("m2.py", "x = 2")
@@ -180,7 +180,7 @@ def test_w01_many_added_at_once(deployment: Deployment, monkeypatch: pytest.Monk
 
 def test_w01_many_over_entries_that_no_index_names(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index was lost and the rows went on: a large fill replaces the entries that lie there, in as many passes."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.LARGE_FILL", 10)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 10)
     paths = [f"m{n}.py" for n in range(100)]
     deployment.put(dict.fromkeys(paths, "older"))
     deployment.warm()

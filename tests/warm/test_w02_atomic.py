@@ -9,9 +9,9 @@ from threading import Event
 import pytest
 import redis
 
-from bifrost_bootstrap import cache_diff, warm
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import STAGING
+from bifrost_bootstrap.warm import diff as cache_diff, step as warm_step
+from bifrost_bootstrap.warm.step import STAGING
 from tests.warm.deployment import Deployment, at
 
 WARMS = 100
@@ -40,12 +40,12 @@ def assert_one_generation(seen: dict[bytes, bytes | None]) -> str:
 
 
 @pytest.mark.race
-@pytest.mark.parametrize("large_fill", [warm.LARGE_FILL, 0])
+@pytest.mark.parametrize("large_fill", [warm_step.LARGE_FILL, 0])
 def test_w02_observer_never_sees_a_mixture(
     deployment: Deployment, large_fill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """During 100 warms that change modules together and add and remove paths, every look shows one generation."""
-    monkeypatch.setattr(warm, "LARGE_FILL", large_fill)
+    monkeypatch.setattr(warm_step, "LARGE_FILL", large_fill)
     ended = Event()
     seen: list[str] = []
 
@@ -76,7 +76,7 @@ def test_w02_rows_are_those_of_one_moment(deployment: Deployment, monkeypatch: p
     # One row in each query, so that the commit comes between two of them; most modules stay as they are, or else
     # one query would read them all.
     monkeypatch.setattr(cache_diff, "_PATHS_A_QUERY", 1)
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     together = [f"together{n}" for n in range(5)]
     deployment.put({f"still{n}": "" for n in range(20)} | dict.fromkeys(together, "0"))
     deployment.warm()

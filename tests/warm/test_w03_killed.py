@@ -14,10 +14,11 @@ import pytest
 import redis as redis_package
 
 import bifrost_bootstrap
-from bifrost_bootstrap import module_cache, redis_server, warm
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING
+from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.warm import cache as module_cache, step as warm_step
+from bifrost_bootstrap.warm.step import COMPARING, READING, STAGING, SWITCHING
 from tests.servers import Proxy, RedisServer, RunFolder
 from tests.servers.process import free_port, wait_until
 from tests.warm.conftest import NewDeployment
@@ -53,7 +54,7 @@ def assert_completes(deployment: Deployment) -> None:
     deployment.assert_exact()
 
 
-def kill_at(deployment: Deployment, point: str, number: int, large_fill: int = warm.LARGE_FILL) -> None:
+def kill_at(deployment: Deployment, point: str, number: int, large_fill: int = warm_step.LARGE_FILL) -> None:
     """Run a warm in a process of its own that SIGKILLs itself at the point."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -101,7 +102,7 @@ def test_w03_killed_after_the_switch(deployment: Deployment, point: str) -> None
 def test_w03_staged_entries_live_as_long_as_the_warm(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A staging that takes longer than a third of the TTL renews it, so that no entry is gone at the switch."""
     monkeypatch.setattr(module_cache, "STAGE_TTL", 3)
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     deployment.put(BEFORE)
     first: list[bytes] = []
     lowest: list[int] = []
@@ -138,7 +139,7 @@ def test_w03_out_of_memory(
     deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis runs out of memory while entries are staged, or just before the switch: refused as a whole."""
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     deployment = deploy(start_server(RedisServer(run_folder)).url())
     set_limit = deployment.client.config_set
     before = change(deployment)
@@ -172,7 +173,7 @@ def test_w03_cannot_persist(
     deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Redis stops writes because its last snapshot failed (MISCONF): refused as a whole."""
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     server = start_server(RedisServer(run_folder, {"save": "3600 1", "stop-writes-on-bgsave-error": "yes"}))
     deployment = deploy(server.url())
     before = change(deployment)
@@ -201,7 +202,7 @@ def test_w03_becomes_a_replica(
     deploy: NewDeployment, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis is made a replica under our hands: refused as a whole, and said so."""
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     deployment = deploy(start_server(RedisServer(run_folder)).url())
     before = change(deployment)
     fails(deployment, before, point, lambda: deployment.client.replicaof("127.0.0.1", 1),
@@ -299,7 +300,7 @@ def test_w03_redis_is_cut_off(
     point: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Every connection to Redis ends: the warm is refused as unavailable, the previous cache is untouched."""
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     server = start_server(RedisServer(run_folder))
     proxy = start_proxy(server.port)
     deployment = deploy(proxy.through(server.url()))
@@ -324,7 +325,7 @@ def test_w03_database_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Every connection to PostgreSQL ends: the warm is refused as unavailable, the previous cache is untouched."""
-    monkeypatch.setattr(warm, "BATCH_SIZE", 1)
+    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     before = change(deployment)
     # More than the sockets hold, so that rows are still to come when the connection ends.
     deployment.put({f"large{n}.py": "x" * 2_000_000 for n in range(10)})

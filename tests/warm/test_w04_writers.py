@@ -12,9 +12,9 @@ import pytest
 
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import UnsettledError
-from bifrost_bootstrap.module_cache import MARKER
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import COMPARING, READING, STAGING, SWITCHING, WarmResult, warm
+from bifrost_bootstrap.warm.cache import MARKER
+from bifrost_bootstrap.warm.step import COMPARING, READING, STAGING, SWITCHING, WarmResult, warm
 from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import ENTRY, Deployment, at
@@ -85,8 +85,8 @@ def test_w04_revert(stale: Deployment) -> None:
 
 def test_w04_added_entry_is_not_overwritten(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a large fill too: what a writer sets before or after ours is in place stays."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.LARGE_FILL", 0)
-    monkeypatch.setattr("bifrost_bootstrap.warm.BATCH_SIZE", 1)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 0)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.BATCH_SIZE", 1)
     paths = [f"{number}.py" for number in range(20)]
     deployment.put(dict.fromkeys(paths, "version = 1"))
     versions = iter(range(2, 100))
@@ -180,7 +180,7 @@ def test_w04_time_to_live_alone_is_settled_at_once(deployment: Deployment) -> No
 
 def test_w04_writer_that_never_rests(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every pass finds another change the warm ends all the same, and says that it did not settle."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.MOST_PASSES", 3)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.MOST_PASSES", 3)
     deployment.put({PATH: "version = 0"})
     number = 0
 
@@ -201,7 +201,7 @@ def test_w04_another_warm_in_the_way_is_named(deployment: Deployment, monkeypatc
     """A last pass that found no difference, but a switch of another warm, says that and not "no difference"."""
     deployment.put({PATH: "version = 1"})
     deployment.warm()
-    monkeypatch.setattr("bifrost_bootstrap.warm.MOST_PASSES", 1)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.MOST_PASSES", 1)
     with pytest.raises(UnsettledError, match="last: another warm has switched meanwhile"):
         deployment.warm(at(SWITCHING, lambda: deployment.client.set(MARKER, "of another")))
 
@@ -277,7 +277,7 @@ def test_w04_writers_under_load(deploy: NewDeployment, deployment: Deployment, m
                     continue
                 with monkeypatch.context() as patched, contextlib.suppress(UnsettledError):
                     # Under such a load a warm need not settle.
-                    patched.setattr("bifrost_bootstrap.warm.MOST_PASSES", 3)
+                    patched.setattr("bifrost_bootstrap.warm.step.MOST_PASSES", 3)
                     deployment.warm()
         finally:
             stop.set()

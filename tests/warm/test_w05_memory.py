@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import bifrost_bootstrap
-from bifrost_bootstrap import warm
-from bifrost_bootstrap.cache_diff import CacheDiff
-from bifrost_bootstrap.module_cache import CacheStates
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import READING
+from bifrost_bootstrap.warm import step as warm_step
+from bifrost_bootstrap.warm.cache import CacheStates
+from bifrost_bootstrap.warm.diff import CacheDiff
+from bifrost_bootstrap.warm.step import READING
 from tests.servers import RedisServer, RunFolder
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import Deployment
@@ -162,8 +162,10 @@ def test_w05_long_switch_is_told_before(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A switch that would block Redis for more than a second is warned about before, with its size."""
-    assert 50_000 * warm.SWITCH_SECONDS < warm.LONG_SWITCH < 100_000 * warm.SWITCH_SECONDS, "measured: 0.7 s and 1.4 s"
-    monkeypatch.setattr(warm, "LONG_SWITCH", 9 * warm.SWITCH_SECONDS)
+    assert 50_000 * warm_step.SWITCH_SECONDS < warm_step.LONG_SWITCH < 100_000 * warm_step.SWITCH_SECONDS, (
+        "measured: 0.7 s and 1.4 s"
+    )
+    monkeypatch.setattr(warm_step, "LONG_SWITCH", 9 * warm_step.SWITCH_SECONDS)
     deployment.put({f"{n}.py": "" for n in range(9)})
     with caplog.at_level(logging.WARNING):
         deployment.warm()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bifrost_bootstrap.errors import ExitCode, ShrinkError
-from bifrost_bootstrap.warm import READING
+from bifrost_bootstrap.warm.step import READING
 from tests.warm.deployment import Deployment, at
 
 

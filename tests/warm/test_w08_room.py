@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_bootstrap import warm
 from bifrost_bootstrap.errors import WarmError
-from bifrost_bootstrap.warm import COMPARING, SWITCHING
+from bifrost_bootstrap.warm import step as warm_step
+from bifrost_bootstrap.warm.step import COMPARING, SWITCHING
 from tests.servers import PLANTED_PASSWORD, RedisServer, RunFolder
 from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
 from tests.warm.conftest import NewDeployment
@@ -73,7 +73,7 @@ def test_w08_too_little_room(
             there.append([*deployment.own_keys(), *deployment.module_keys()])
         return True
 
-    monkeypatch.setattr(warm.logger, "filters", [look])
+    monkeypatch.setattr(warm_step.logger, "filters", [look])
     with pytest.raises(WarmError, match="maxmemory"):
         deployment.warm()
     assert "this warm needs about 156.0 MB" in told()
@@ -83,7 +83,7 @@ def test_w08_too_little_room(
 
 def test_w08_estimate_is_no_less_than_what_is_used(deploy: NewDeployment, server: RedisServer) -> None:
     """Small modules and large ones: the warm uses no more than the room that the warning is reckoned by."""
-    from bifrost_bootstrap.warm import ENTRY_BYTES, ENTRY_GROWTH
+    from bifrost_bootstrap.warm.step import ENTRY_BYTES, ENTRY_GROWTH
 
     deployment = deploy(server.url())
     lines = Path(inspect.getfile(subprocess)).read_text().splitlines(keepends=True)

@@ -17,13 +17,15 @@ import pytest
 import redis
 from kombu.asynchronous.timer import Timer
 
-from bifrost_bootstrap import cache_diff, guard as guards, lock, tree_loading
-from bifrost_bootstrap.cache_diff import CacheDiff, Comparison
 from bifrost_bootstrap.celery import WARM
 from bifrost_bootstrap.errors import UnavailableError
-from bifrost_bootstrap.guard import FULL_EVERY, TURN, Guard
-from bifrost_bootstrap.module_cache import MARKER
+from bifrost_bootstrap.migrate import lock, tree_loading
 from bifrost_bootstrap.progress import held_key
+from bifrost_bootstrap.warm import diff as cache_diff
+from bifrost_bootstrap.warm.cache import MARKER
+from bifrost_bootstrap.warm.diff import CacheDiff, Comparison
+from bifrost_bootstrap.worker import cache_monitor as guards
+from bifrost_bootstrap.worker.cache_monitor import FULL_EVERY, TURN, Guard
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
 from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
@@ -279,7 +281,7 @@ def test_w09_whose_worker_has_a_guard(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, enabled: bool
 ) -> None:
     """A standing worker has one unless the interval is 0; the worker of one init has none."""
-    from bifrost_bootstrap.worker import GuardStep
+    from bifrost_bootstrap.worker.program import GuardStep
 
     set_urls(monkeypatch)
     monkeypatch.setenv(variable, value)
@@ -295,7 +297,7 @@ def set_urls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's own timer has the guard look as often as the guard says, for as long as the worker lives."""
-    from bifrost_bootstrap.worker import GuardStep
+    from bifrost_bootstrap.worker.program import GuardStep
 
     set_urls(monkeypatch)
     monkeypatch.setenv("BIFROST_CACHE_GUARD_INTERVAL", "600s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bifrost_bootstrap.warm import SWITCHING
+from bifrost_bootstrap.warm.step import SWITCHING
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import API_TTL, ENTRY, INDEX, Deployment, at
 

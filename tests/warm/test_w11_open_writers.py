@@ -10,8 +10,10 @@ from threading import Thread, Timer
 import psycopg
 import pytest
 
-from bifrost_bootstrap import module_source, readiness, tree_loading
-from bifrost_bootstrap.warm import COMPARING, SWITCHING
+from bifrost_bootstrap.migrate import tree_loading
+from bifrost_bootstrap.status import readiness
+from bifrost_bootstrap.warm import source as module_source
+from bifrost_bootstrap.warm.step import COMPARING, SWITCHING
 from tests.warm.deployment import ENTRY, UPSERT, Deployment, at, sha256
 
 PATH = "module.py"
@@ -113,7 +115,7 @@ def test_w11_bounded_and_named(
     stale: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A session that somebody forgot keeps no warm from ending, and the log says whose it is."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.WRITER_WAIT", 1.5)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.WRITER_WAIT", 1.5)
     with request(stale, PATH, "version = 2") as connection, caplog.at_level(logging.INFO):
         connection.execute("SET application_name = 'forgotten'")
         stale.warm()

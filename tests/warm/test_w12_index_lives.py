@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bifrost_bootstrap import readiness, tree_loading
-from bifrost_bootstrap.warm import READING
+from bifrost_bootstrap.migrate import tree_loading
+from bifrost_bootstrap.status import readiness
+from bifrost_bootstrap.warm.step import READING
 from tests.warm.deployment import API_TTL, INDEX, Deployment, at
 
 

@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from bifrost_bootstrap.warm import MOST_PASSES, SWITCHING
+from bifrost_bootstrap.warm.step import MOST_PASSES, SWITCHING
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import Deployment, at
 

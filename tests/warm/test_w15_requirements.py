@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from bifrost_bootstrap import readiness, tree_loading
-from bifrost_bootstrap.warm import STAGING
+from bifrost_bootstrap.migrate import tree_loading
+from bifrost_bootstrap.status import readiness
+from bifrost_bootstrap.warm.step import STAGING
 from tests.warm.deployment import Deployment, at, sha256
 
 KEY = "bifrost:requirements:content"

@@ -1,0 +1,1 @@
+"""The command line: commands, their outcome as exit code, and what they print."""

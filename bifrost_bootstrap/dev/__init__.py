@@ -1,0 +1,1 @@
+"""For development: embedded servers, and loading modules from a folder."""

@@ -1,0 +1,1 @@
+"""The init container: observe, decide, act, until the deployment may start."""

@@ -1,0 +1,71 @@
+"""What `check` shows beside readiness: nothing here decides whether the deployment may start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bifrost_bootstrap import settings as environment
+from bifrost_bootstrap.errors import BootstrapError
+from bifrost_bootstrap.migrate.tree import Tree
+from bifrost_bootstrap.progress import Facts
+from bifrost_bootstrap.servers import postgres, redis_server
+from bifrost_bootstrap.servers.waiting import LOOK_TIMEOUT
+from bifrost_bootstrap.settings import Settings
+
+
+@dataclass(frozen=True)
+class Surroundings(Facts):
+    """
+    redis: its eviction policy and memory, in words. invalid_indexes: each with the statement that repairs it.
+
+    worker: whether one consumes the queue of this tree, "" where no broker is named.
+    """
+
+    redis: str = ""
+    invalid_indexes: dict[str, str] = field(default_factory=dict)
+    worker: str = ""
+
+
+def look(settings: Settings, tree: Tree) -> Surroundings:
+    """Ask each server once. One that does not answer is a note; nothing is raised."""
+    return Surroundings(_redis(settings), _invalid_indexes(settings), _worker(settings, tree))
+
+
+def _redis(settings: Settings) -> str:
+    try:
+        with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
+            found = redis_server.facts(client)
+    except BootstrapError as error:
+        return str(error)
+    if found is None:
+        return "it does not tell its memory to this user"
+    memory = f"{found.used / 1e6:,.0f} MB used of {found.limit / 1e6:,.0f} MB" if found.limit else "no memory limit"
+    evicts = f": may evict {found.evicts}; use noeviction" if found.evicts else ""
+    return f"{memory}, policy {found.policy}{evicts}"
+
+
+def _invalid_indexes(settings: Settings) -> dict[str, str]:
+    try:
+        with postgres.connect(settings.database, "check", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
+            return postgres.invalid_indexes(connection)
+    except BootstrapError:
+        # Readiness has been read from the same server, and says why it cannot be.
+        return {}
+
+
+def _worker(settings: Settings, tree: Tree) -> str:
+    if not settings.rabbitmq_url:
+        return environment.fault_of("rabbitmq")
+    # Only here: importing Celery takes longer than all the rest.
+    from bifrost_bootstrap import broker
+
+    queue = tree.queue(settings.database.target)
+    try:
+        consumers = broker.queue_state(queue, publishing=False).consumers
+    except BootstrapError as error:
+        return str(error)
+    if consumers is None:
+        return "not to be seen over this broker"
+    # Right behind an `init --with-worker`, and told to whoever looks for a standing one.
+    spared = "" if consumers else "; `init --with-worker` needs none, but nobody guards the cache"
+    return f"{consumers or 'no'} bootstrap worker{'s' if consumers > 1 else ''} on {queue}{spared}"

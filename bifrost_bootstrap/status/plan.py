@@ -1,0 +1,92 @@
+"""What an init would do, read and never done: pending revisions, their SQL, and what a warm would change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bifrost_bootstrap.errors import ExitCode, WarmError
+from bifrost_bootstrap.migrate import process, schema_state as schemas
+from bifrost_bootstrap.migrate.schema_state import SchemaState
+from bifrost_bootstrap.migrate.tree import Tree
+from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.servers.waiting import LOOK_TIMEOUT
+from bifrost_bootstrap.settings import Settings
+from bifrost_bootstrap.status import readiness
+from bifrost_bootstrap.warm import diff as cache_diff
+from bifrost_bootstrap.warm.cache import ModuleCache
+from bifrost_bootstrap.warm.diff import CacheDiff
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    diff: None where the rows cannot be compared, `no_diff` says why. bytes: of the content that a warm would write.
+
+    sql: of the pending revisions, where it was asked for; "" where it was not or cannot be told, `no_sql` says why.
+    """
+
+    schema: SchemaState
+    diff: CacheDiff | None = None
+    no_diff: str = ""
+    bytes: int = 0
+    sql: str = ""
+    no_sql: str = ""
+
+    @property
+    def headline(self) -> str:
+        """In one line."""
+        if refusal := self.schema.refusal():
+            return f"init would end with {refusal.exit_code}: {refusal}"
+        todo = [f"apply {len(self.schema.pending)} revisions"] if self.schema.pending else []
+        if self.diff and self.diff.shrinks:
+            todo.append(f"end with {ExitCode.WARM}: it removes {len(self.diff.removed)} of {self.diff.indexed} entries")
+        elif self.diff is None and not todo:
+            todo.append(f"end with {ExitCode.WARM}: {self.no_diff}")
+        elif self.diff is None or not self.diff.empty:
+            todo.append("warm the module cache")
+        return f"init would {' and '.join(todo)}" if todo else "nothing to do"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        cache: dict[str, Any] = {"bytes": self.bytes, "unknown": self.no_diff}
+        if self.diff is not None:
+            cache |= {"would_shrink": self.diff.shrinks, **self.diff.to_dict()}
+        return {
+            "schema_state": self.schema.to_dict(),
+            "module_cache": cache,
+            "sql": self.sql,
+            "sql_unknown": self.no_sql,
+        }
+
+
+def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
+    """
+    Look, changing nothing; a role that may only read suffices. with_sql: ask the tree's Alembic for the SQL too.
+
+    Raises UnavailableError, RefusedError, and the configuration errors of the tree.
+    """
+    state = schemas.look(settings.database, tree, settings)
+    diff, no_diff, size = None, "", 0
+    try:
+        with (
+            redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client,
+            cache_diff.row_reader(settings, answer_timeout=readiness.COMPARE_TIMEOUT) as reader,
+        ):
+            states = ModuleCache(client, reader.source.ttl(settings)).states()
+            with reader.snapshot() as rows:
+                diff = cache_diff.compare(states, rows)
+                size = rows.bytes_of(diff.added + diff.changed)
+    except WarmError as error:
+        no_diff = f"{'not to be told before the migration: ' if state.pending else ''}{error.args[0]}"
+    sql, no_sql = _sql(settings, tree, state) if with_sql and state.pending else ("", "")
+    return Plan(state, diff, no_diff, size, sql, no_sql)
+
+
+def _sql(settings: Settings, tree: Tree, state: SchemaState) -> tuple[str, str]:
+    url = settings.database.as_written
+    request = {"mode": "sql", "heads": state.database_heads}
+    answer = process.ask(tree.alembic, request, BIFROST_DATABASE_URL=url, DATABASE_URL=url)
+    if "sql" in answer:
+        return answer["sql"], ""
+    return "", f"the tree cannot be written as SQL without running it: {answer['message']}"

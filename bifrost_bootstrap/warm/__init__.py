@@ -1,0 +1,1 @@
+"""The step `warm`: the module cache made equal to the database, atomically."""
