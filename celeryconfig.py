@@ -63,8 +63,8 @@ result_backend_always_retry = True
 # Seconds that `celery result` and Flower can show a result.
 result_expires = 24 * 3600
 
-# Acknowledged on receipt (`worker/program.py`): late acknowledgement runs migrations twice after a broker restart, repeats
-# poison for ever, and dies of the broker's consumer timeout. What a lost worker held, init enqueues again.
+# Acknowledged on receipt (`worker/program.py`): late acknowledgement runs migrations twice after a broker restart,
+# repeats poison for ever, and dies of the broker's consumer timeout. What a lost worker held, init enqueues again.
 task_acks_late = False
 # One at a time: the lock would make a second migration wait, and two warms do the same work twice.
 worker_concurrency = 1

@@ -196,7 +196,13 @@ def test_no_worker(run_bootstrap: RunBootstrap, start_command: StartCommand, bif
     assert "(exit 69)" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="TERM"),
+        pytest.param(signal.SIGINT, 130, id="INT", marks=pytest.mark.faults),
+    ],
+)
 def test_signal(
     number: signal.Signals,
     code: int,

@@ -68,6 +68,7 @@ def test_i01_a_server_that_is_away_until_the_deadline_is_69(deployment: Deployme
     assert f"Redis 127.0.0.1:{deployment.stack.init_lines.redis.port}" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.faults  # 20 s
 def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deployment) -> None:
     """A server that accepts and never answers is waited for beside the others, and ends in 69 as well."""
     deployment.stack.init_lines.postgres.cut()

@@ -98,6 +98,7 @@ def test_i07_its_worker_ends_when_it_is_killed(deployment: Deployment) -> None:
     assert deployment.cache() == COMPLETE
 
 
+@pytest.mark.faults  # 20 s
 def test_i07_its_worker_is_replaced(deployment: Deployment) -> None:
     """When the worker that init brought dies, it brings another, and the chain is done."""
     deployment.hold("migrating")

@@ -31,7 +31,7 @@ def assert_unavailable(
     assert seconds < DEADLINE + GRACE
 
 
-@pytest.mark.parametrize("alarm", ["memory", "disk"])
+@pytest.mark.parametrize("alarm", ["memory", pytest.param("disk", marks=pytest.mark.faults)])
 def test_i11_blocked_publishers(
     run_folder: RunFolder, start_server: StartServer, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str],
     alarm: str,
@@ -65,7 +65,7 @@ def limited(rabbitmq: Rabbitmq, vhost: str, name: str, value: int) -> Iterator[N
         rabbitmq.evaluate(f'rabbit_vhost_limit:clear(<<"{vhost}">>, <<"tests">>)')
 
 
-@pytest.mark.parametrize("connections", [0, 1, 2, 3])
+@pytest.mark.parametrize("connections", [0, *(pytest.param(number, marks=pytest.mark.faults) for number in (1, 2, 3))])
 def test_i11_limit_of_connections(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], connections: int
 ) -> None:
@@ -85,6 +85,7 @@ def test_i11_limit_of_queues(
         assert_unavailable(run_bootstrap, bifrost_env, "queue limit")
 
 
+@pytest.mark.faults  # 25 s
 def test_i11_policy_that_rejects_messages(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:

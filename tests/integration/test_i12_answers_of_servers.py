@@ -111,6 +111,7 @@ def test_i12_statement_timeout_of_the_role(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.faults  # half a minute: the patience with a refusal
 def test_i12_row_level_security(database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
     """Rows that a policy hides are not taken for rows that are not there."""
     assert run_bootstrap("init", "--with-worker", env=bifrost_env).returncode == 0
@@ -174,6 +175,7 @@ def test_i12_user_without_write(
     assert "ACCESS_REFUSED" in message
 
 
+@pytest.mark.faults  # half a minute: the patience with a refusal
 def test_i12_queue_with_other_arguments(
     rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
