@@ -15,7 +15,7 @@ MIGRATE = """
 import logging, sys
 from bifrost_bootstrap import logs, settings
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.migrate import migrate
+from bifrost_bootstrap.migrate.step import migrate
 logs.configure("json", "INFO")
 logger = logging.getLogger("bifrost_bootstrap.migrate")
 logger.info("before")
