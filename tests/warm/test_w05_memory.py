@@ -31,7 +31,7 @@ WARM_ONCE = """
 import resource, sys
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.warm import warm
+from bifrost_bootstrap.warm.step import warm
 warm(settings.load(needs=("database", "redis")), Deadline(300), lambda progress: None, full="full" in sys.argv)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
 """
