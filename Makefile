@@ -22,7 +22,7 @@ demo: venv ## start private servers, load modules, run init twice, import a modu
 test: venv ## all tests but those below
 	tools/test-servers
 	# More processes than cores: most of a test is waiting for servers.
-	$(PYTHON) -m pytest -n 5 -m "not faults and not race and not clusters" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 5 --dist worksteal -m "not faults and not race and not clusters" $(PYTEST_ARGS)
 	@$(PYTHON) -m tests.servers.versions
 
 .PHONY: test-pythons
