@@ -22,7 +22,7 @@ demo: venv ## start private servers, load modules, run init twice, import a modu
 test: venv ## all tests but those below
 	tools/test-servers
 	# More processes than cores: most of a test is waiting for servers.
-	$(PYTHON) -m pytest -n 5 --dist worksteal -m "not faults and not race and not clusters" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 6 --dist worksteal -m "not faults and not race and not clusters" $(PYTEST_ARGS)
 	@$(PYTHON) -m tests.servers.versions
 
 .PHONY: test-pythons
@@ -55,7 +55,7 @@ test-compose: venv ## the Compose stack, as a user runs it (needs a container en
 test-faults: venv ## kill, cut and fill the servers while init runs, and what takes half a minute each
 	tools/test-servers
 	$(PYTHON) -m pytest -n 4 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration tests/security \
-		tests/acceptance tests/warm $(PYTEST_ARGS)
+		tests/acceptance tests/warm tests/selftest $(PYTEST_ARGS)
 
 .PHONY: test-clusters
 test-clusters: venv ## lose a node of RabbitMQ, PostgreSQL and Redis in every phase of init

@@ -36,7 +36,7 @@ class QueueState:
     consumers: int | None
 
 
-def described() -> str:
+def display_name() -> str:
     """The broker in words, without user and password; of several nodes, all."""
     nodes = [Connection(url) for url in app.connection_for_write().alt] or [app.connection_for_write()]
     addresses = ",".join(f"{node.hostname}:{node.port or 5672}" for node in nodes)
@@ -44,7 +44,7 @@ def described() -> str:
 
 
 @contextmanager
-def as_our_errors() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
     """Raise what the broker says in the block as UnavailableError, RefusedError or CertificateError."""
     try:
         yield
@@ -59,7 +59,7 @@ def as_our_errors() -> Iterator[None]:
 
 
 def _as_ours(error: BaseException) -> errors.BootstrapError:
-    server = described()
+    server = display_name()
     text = _NACKED if isinstance(error, MessageNacked) else masked(str(error).strip() or type(error).__name__)
     if isinstance(error, ssl.SSLCertVerificationError):
         return errors.CertificateError(server, text)
@@ -96,7 +96,7 @@ def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> Qu
     publishing: the broker must take messages. room_for: so many more connections must be possible. Raises
     UnavailableError, RefusedError.
     """
-    with as_our_errors(), ExitStack() as stack:
+    with translated_errors(), ExitStack() as stack:
         connection = stack.enter_context(connected())
         if connection.transport.driver_type != "amqp":
             return QueueState(None, None)
@@ -134,9 +134,9 @@ def _publish_to_nobody(connection: Any) -> None:
     channel.basic_publish(channel.prepare_message(b""), exchange.name, PROBE)
 
 
-def prove_rights(*queues: str) -> None:
+def check_permissions(*queues: str) -> None:
     """Declare what a worker of these queues needs, as it will itself. Raises UnavailableError, RefusedError."""
-    with as_our_errors(), connected() as connection:
+    with translated_errors(), connected() as connection:
         app.control.mailbox.exchange(connection.default_channel).declare()
         for name in queues:
             add_queue(name)(connection.default_channel).declare()

@@ -14,10 +14,10 @@ from bifrost_bootstrap.errors import CertificateError, RefusedError
 
 #: Seconds for which a refused login may still become right: the official images create user and database while
 #: they already answer.
-REFUSAL_PATIENCE = 30.0
+REJECTION_TIMEOUT = 30.0
 
 
-class Overrun(BaseException):
+class DeadlineExceeded(BaseException):
     """A block ran past its deadline. No Exception, so that nothing on the way takes it for its own failure."""
 
 
@@ -43,15 +43,15 @@ class Deadline:
         return self.remaining <= 0
 
     @contextmanager
-    def enforced(self, grace: float) -> Iterator[None]:
+    def interrupt_after(self, grace: float) -> Iterator[None]:
         """
-        Raise Overrun in the block, wherever it is, when it still runs `grace` seconds after the deadline.
+        Raise DeadlineExceeded in the block, wherever it is, when it still runs `grace` seconds after the deadline.
 
         For what nobody thought of: a call into a library that waits without an end. Main thread only.
         """
 
         def overrun(_number: int, _frame: FrameType | None) -> NoReturn:
-            raise Overrun
+            raise DeadlineExceeded
 
         previous = signal.signal(signal.SIGALRM, overrun)
         signal.setitimer(signal.ITIMER_REAL, self.remaining + grace)
@@ -76,16 +76,16 @@ class Deadline:
         self.sleep(longest_now * random.uniform(0.5, 1))  # noqa: S311  (jitter, not cryptography)
 
 
-class Patience:
-    """With a server that refuses us, and may still become right: `REFUSAL_PATIENCE` from the first refusal in a row."""
+class RejectionTimer:
+    """How long a server has rejected us without a break. After `REJECTION_TIMEOUT` waiting does not help any more."""
 
     def __init__(self) -> None:
         self._until: Deadline | None = None
 
-    def spent_by(self, error: BaseException) -> bool:
+    def expired_by(self, error: BaseException) -> bool:
         """Whether waiting does not help any more. Any other error begins it anew; a CertificateError spends it."""
         if not isinstance(error, RefusedError):
             self._until = None
             return False
-        self._until = self._until or Deadline(REFUSAL_PATIENCE)
+        self._until = self._until or Deadline(REJECTION_TIMEOUT)
         return self._until.passed or isinstance(error, CertificateError)

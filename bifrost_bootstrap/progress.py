@@ -45,7 +45,7 @@ Report = Callable[[Progress], None]
 
 
 #: Message header: the id of the first task of the chain that an init waits for. Calls by hand have none.
-WANTED_HEADER = "bifrost_wanted"
+CHAIN_HEADER = "bifrost_wanted"
 
 
 def progress_key(task_id: str) -> bytes:
@@ -53,7 +53,7 @@ def progress_key(task_id: str) -> bytes:
     return b"bifrost:bootstrap:progress:" + task_id.encode()
 
 
-def wanted_key(task_id: str) -> bytes:
+def waiting_init_key(task_id: str) -> bytes:
     """
     Exists while an init waits for the chain that begins with this task: the seconds that a task may wait from now on.
 
@@ -66,9 +66,9 @@ def wanted_key(task_id: str) -> bytes:
 MESSAGE_TTL = 45.0
 #: Seconds between two heartbeats, and for how long one vouches for a task: a worker that is paused for 5 s is not
 #: taken for dead, and a dead one is noticed within 10 s.
-BEAT, HELD_TTL = 2.0, 10
+BEAT, HEARTBEAT_TTL = 2.0, 10
 
 
-def held_key(task_id: str) -> bytes:
+def heartbeat_key(task_id: str) -> bytes:
     """Exists while a living worker holds the task: its main process vouches for what waits, the task for itself."""
     return b"bifrost:bootstrap:held:" + task_id.encode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ UNPREFIXED = ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL")
 #: Where Kubernetes reads a container's last words.
 KUBERNETES_TERMINATION_LOG = Path("/dev/termination-log")
 #: The settings that say how and where to tell what is wrong with the others.
-TELLING = ("log_format", "log_level", "termination_log")
+OUTPUT_SETTINGS = ("log_format", "log_level", "termination_log")
 #: The trees of a working folder, and what is said where none is named either.
 INI, PYPROJECT = Path("alembic.ini"), Path("pyproject.toml")
 NO_TREE = (
@@ -142,24 +142,31 @@ def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = Non
     """
     Read the environment (default: the process's own).
 
-    Raises SettingsError with every fault: one of `needs` absent, a value that cannot be read, a variable and
-    its `_FILE` twin both set, a file that cannot be read. A value is never part of a message. The URL of a server
-    that is not among `needs` may be faulty, and counts as not set then.
+    Raises SettingsError with every fault: one of `needs` is missing, a value cannot be read, a variable and its
+    `_FILE` twin are both set, a file cannot be read. A value is never part of a message. The URL of a server that is
+    not in `needs` may be faulty; it then counts as not set.
     """
     needs = set(needs)
     values, faults = _read_all(os.environ if environment is None else environment)
-    known = values.keys() | {name for name, _ in faults}
+    faulty = {name for name, _ in faults}
+    faults += _missing(needs, values.keys() | faulty)
+    optional = {name for server, names in SERVERS.items() if server not in needs for name in names}
+    reported = [fault for name, fault in faults if name not in optional]
+    if reported:
+        raise SettingsError(reported)
+    return Settings.model_validate({name: value for name, value in values.items() if name not in faulty})
+
+
+def _missing(needs: Collection[Need], known: Collection[str]) -> list[tuple[str, str]]:
+    """(field, fault) for each of `needs` that has no value. known: the fields with a value or a fault."""
+    faults = []
     if "tree" in needs and "alembic_config" not in known and not default_tree():
         faults.append(("alembic_config", NO_TREE))
-    for need in SERVERS:
-        if need in needs and f"{need}_url" not in known:
-            missing = f"{PREFIX}{need.upper()}_URL is not set (nor {need.upper()}_URL, nor their _FILE)"
-            faults.append((f"{need}_url", missing))
-    spared = {name for need, names in SERVERS.items() if need not in needs for name in names}
-    if told := [fault for name, fault in faults if name not in spared]:
-        raise SettingsError(told)
-    faulty = {name for name, _ in faults}
-    return Settings.model_validate({name: value for name, value in values.items() if name not in faulty})
+    for server in SERVERS:
+        if server in needs and f"{server}_url" not in known:
+            fault = f"{PREFIX}{server.upper()}_URL is not set (nor {server.upper()}_URL, nor their _FILE)"
+            faults.append((f"{server}_url", fault))
+    return faults
 
 
 def default_tree() -> Path | None:
@@ -208,7 +215,7 @@ def _read_all(environment: Mapping[str, str]) -> tuple[dict[str, str], list[tupl
     return values, faults + _malformed(values, sources)
 
 
-def load_telling(environment: Mapping[str, str] | None = None) -> Settings:
+def load_output_settings(environment: Mapping[str, str] | None = None) -> Settings:
     """
     How and where to tell: log format, log level, termination log; everything else is left out.
 
@@ -216,7 +223,7 @@ def load_telling(environment: Mapping[str, str] | None = None) -> Settings:
     """
     environment = os.environ if environment is None else environment
     remember_environment(environment)
-    values = {name: _read(PREFIX + name.upper(), environment)[0] for name in TELLING}
+    values = {name: _read(PREFIX + name.upper(), environment)[0] for name in OUTPUT_SETTINGS}
     legal = {name: value for name, value in values.items() if value and not _malformed({name: value}, {name: ""})}
     return Settings.model_validate(_with_kubernetes(legal))
 

@@ -22,14 +22,14 @@ from bifrost_bootstrap.errors import ExitCode, OwnProcessError, UsageError
 from bifrost_bootstrap.settings import Need, Settings, duration
 
 if TYPE_CHECKING:
-    from bifrost_bootstrap.init.loop import Wanted
+    from bifrost_bootstrap.init.loop import Request
 
 logger = logging.getLogger("bifrost_bootstrap")
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. Nothing else leaves: usage is 64, a bug is 70."""
-    telling = environment.load_telling()
+    telling = environment.load_output_settings()
     logs.configure(telling.log_format, telling.log_level)
     return run_command_line(main, arguments)
 
@@ -100,9 +100,9 @@ def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink:
     def work(stack: ExitStack) -> Outcome:
         if embedded:
             _start_embedded(stack)
-        from bifrost_bootstrap.init.loop import Wanted
+        from bifrost_bootstrap.init.loop import Request
 
-        return _init(stack, timeout, Wanted(allow_shrink=allow_shrink), with_worker=with_worker or embedded)
+        return _init(stack, timeout, Request(allow_shrink=allow_shrink), with_worker=with_worker or embedded)
 
     # A worker of our own ends with us.
     begun = "is cancelled with its worker" if with_worker or embedded else "goes on"
@@ -125,9 +125,9 @@ def rewarm(timeout: float | None, full: bool, allow_shrink: bool, as_json: bool)
     """
 
     def work(stack: ExitStack) -> Outcome:
-        from bifrost_bootstrap.init.loop import Wanted
+        from bifrost_bootstrap.init.loop import Request
 
-        return _init(stack, timeout, Wanted(migrate=False, full=full, allow_shrink=allow_shrink), with_worker=False)
+        return _init(stack, timeout, Request(migrate=False, full=full, allow_shrink=allow_shrink), with_worker=False)
 
     return run_command("rewarm", as_json, work, on_signal="a warm that a bootstrap worker has begun goes on")
 
@@ -152,7 +152,7 @@ def check(wait: float | None, as_json: bool) -> int:
 
         tree = tree_loading.load(settings)
         found = readiness.wait_until_ready(settings, tree, Deadline(wait or 0))
-        around = diagnostics.look(settings, tree)
+        around = diagnostics.collect_diagnostics(settings, tree)
         shown = summary.of_check(found, around)
         facts = {**found.to_dict(), "surroundings": around.to_dict(), "message": found.missing() or "ready"}
         if found.ready:
@@ -207,11 +207,13 @@ def worker() -> int:
 
         # Celery would leave without a verdict.
         tree = tree_loading.load(settings)
-        worker_program.show_life(settings.worker_health_file)
+        worker_program.start_health_file(settings.worker_health_file)
         # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
         # virtual host for ever.
         queues = worker_program.queues(settings, tree)
-        waiting.wait_for({broker.described(): lambda: broker.prove_rights(*queues)}, Deadline(settings.init_timeout))
+        waiting.wait_for(
+            {broker.display_name(): lambda: broker.check_permissions(*queues)}, Deadline(settings.init_timeout)
+        )
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
         # What Celery prints is no result.
@@ -250,7 +252,7 @@ def load(folder: Path, yes: bool, as_json: bool) -> int:
     return run_command("load", as_json, work)
 
 
-def _init(stack: ExitStack, timeout: float | None, wanted: Wanted, *, with_worker: bool) -> Outcome:
+def _init(stack: ExitStack, timeout: float | None, wanted: Request, *, with_worker: bool) -> Outcome:
     from bifrost_bootstrap.init.loop import init
 
     settings = _load("database", "redis", "rabbitmq", "tree")

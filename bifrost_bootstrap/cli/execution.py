@@ -113,33 +113,41 @@ def _raise_on_signals() -> None:
 
 def run_command(name: str, as_json: bool, work: Callable[[ExitStack], Outcome], on_signal: str = "") -> int:
     """
-    The exit code of `work`, after its outcome has been told. Nothing of it is raised.
+    Do the work, report its outcome, and return the exit code. Raises nothing.
 
-    on_signal: what a reader should know when the command is ended from outside.
+    on_signal: what a reader should know if a signal ends the command.
     """
+    outcome = _outcome(name, work, on_signal)
+    _print(name, as_json, outcome)
+    _write_termination_message(name, outcome)
+    _log_verdict(name, outcome)
+    return int(outcome.code)
+
+
+def _outcome(name: str, work: Callable[[ExitStack], Outcome], on_signal: str) -> Outcome:
     try:
         with ExitStack() as stack:
-            outcome = work(stack)
+            return work(stack)
     except BootstrapError as error:
         first, *details = str(error).splitlines()
         if details:
             logger.error("%s: %s", name, error)
-        facts = report.error_facts(error)
-        outcome = Outcome(error.exit_code, facts=facts, message=first, remedy=error.remedy)
+        return Outcome(error.exit_code, facts=report.error_facts(error), message=first, remedy=error.remedy)
     except Signalled as signalled:
         message = f"ended by {signalled.code.name}{'; ' if on_signal else ''}{on_signal}"
-        outcome = Outcome(signalled.code, facts={"message": on_signal}, message=message)
+        return Outcome(signalled.code, facts={"message": on_signal}, message=message)
     except Exception as error:
-        told = unexpected(error, masked(f"{type(error).__name__}: {error}"))
-        outcome = Outcome(told.exit_code, facts=report.error_facts(told), message=f"{told}; {told.remedy}")
         logger.exception("unexpected error")
-    _print(name, as_json, outcome)
-    _tell_kubernetes(name, outcome)
+        bug = unexpected(error, masked(f"{type(error).__name__}: {error}"))
+        return Outcome(bug.exit_code, facts=report.error_facts(bug), message=f"{bug}; {bug.remedy}")
+
+
+def _log_verdict(name: str, outcome: Outcome) -> None:
     level = logging.INFO if outcome.code is ExitCode.OK else logging.ERROR
-    if message := outcome.message or (outcome.summary.headline if outcome.summary else ""):
+    headline = outcome.summary.headline if outcome.summary else ""
+    if message := outcome.message or headline:
         todo = f"; what to do: {outcome.remedy}" if outcome.remedy else ""
         logger.log(level, "%s: %s%s (exit %d)", name, message, todo, outcome.code)
-    return int(outcome.code)
 
 
 def _print(name: str, as_json: bool, outcome: Outcome) -> None:
@@ -162,18 +170,18 @@ def _print(name: str, as_json: bool, outcome: Outcome) -> None:
 
 
 def _cannot_print(error: OSError) -> None:
-    """The output is not what was asked for: the exit code is that of the work, whoever reads it has to know."""
+    """Stdout cannot be written. The exit code stays that of the work; the log says that the output is missing."""
     logger.warning("the result cannot be written to stdout: %s", error.strerror)
     _print_no_more()
 
 
 def _print_no_more() -> None:
-    """Whoever read our output has gone; the exit code is all that is left to say."""
+    """Stdout is closed. Report the result through the exit code only."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell_kubernetes(name: str, outcome: Outcome) -> None:
-    file = environment.load_telling().termination_log
+def _write_termination_message(name: str, outcome: Outcome) -> None:
+    file = environment.load_output_settings().termination_log
     try:
         report.write_termination_message(file, name, outcome.code, outcome.facts)
     except OSError as error:

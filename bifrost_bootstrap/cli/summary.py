@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bifrost_bootstrap.dev.load import LoadResult
     from bifrost_bootstrap.init.loop import InitReport
     from bifrost_bootstrap.migrate.schema_state import SchemaState
-    from bifrost_bootstrap.status.diagnostics import Surroundings
+    from bifrost_bootstrap.status.diagnostics import Diagnostics
     from bifrost_bootstrap.status.plan import Plan
     from bifrost_bootstrap.status.readiness import Readiness
     from bifrost_bootstrap.warm.diff import CacheDiff
@@ -50,7 +50,7 @@ def of_init(report: InitReport) -> Summary:
     return Summary(f"ready in {report.seconds:.1f}s: schema at {head}, {readiness.modules:,} modules cached", rows)
 
 
-def of_check(readiness: Readiness, around: Surroundings) -> Summary:
+def of_check(readiness: Readiness, around: Diagnostics) -> Summary:
     """The state of schema and cache, with up to ten paths of each difference, and what stands around them."""
     missing = readiness.missing()
     rows = _schema_rows(readiness.schema)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MOST_STARTS = 5
 
 
-class OwnWorker:
+class WorkerProcess:
     """
     A worker that lives as long as the block. `queue` is the one it consumes, alone.
 

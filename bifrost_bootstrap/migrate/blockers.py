@@ -45,7 +45,7 @@ class BlockerWatch:
         """Whether it gets no connection now; then `look` on another one tells."""
         return self._late.passed
 
-    def look(self, connection: Connection) -> None:
+    def read_blockers(self, connection: Connection) -> None:
         """Set `blocked` and `last`, by one statement."""
         rows = connection.execute(
             "SELECT coalesce(extract(epoch FROM clock_timestamp() - waitstart), 0), blocking.pid,"  # noqa: S608
@@ -67,7 +67,7 @@ class BlockerWatch:
         while not self._ended.wait(KEEP_ALIVE):
             try:
                 with postgres.connect(self._url, "migration-watch", answer_timeout=ANSWER_TIMEOUT) as connection:
-                    self.look(connection)
+                    self.read_blockers(connection)
                     self._late = Deadline(LATE)
             except BootstrapError as error:
                 logger.debug("who blocks the migration is not to be seen: %s", error)

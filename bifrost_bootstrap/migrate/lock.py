@@ -33,7 +33,7 @@ MIGRATION, RUNNER = 1, 2
 #: Longest pause of a waiter between two short tries, seconds: what a waiter may come too late.
 TRY_PAUSE = 1.0
 #: Seconds between two log lines of a waiter.
-SAY_AGAIN = 10.0
+LOG_INTERVAL = 10.0
 #: Seconds in which a second connection must answer while the lock's own one does; poolers queue silently.
 SECOND_CONNECTION_TIMEOUT = 15.0
 #: Seconds between two statements on the lock's connection; below every sane timer of a pooler (2 s tested).
@@ -88,7 +88,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Proof:
+class LockIdentity:
     """By what a runner recognises our lock in `pg_locks`, and our database among others."""
 
     pid: int
@@ -115,7 +115,7 @@ class MigrationLock:
             self._connection.execute("SHOW transaction_isolation")
 
     @contextmanager
-    def look(self) -> Iterator[Connection]:
+    def borrowed_connection(self) -> Iterator[Connection]:
         """
         The lock's own connection, for one statement; without a snapshot again at the end. Raises UnavailableError.
 
@@ -134,7 +134,7 @@ class MigrationLock:
 
         Sessions of another role are not ours to end; where their statements are hidden, whoever builds an index counts.
         """
-        with self.look() as connection:
+        with self.borrowed_connection() as connection:
             rows = connection.execute(
                 "SELECT pid, CASE usename WHEN current_user THEN pg_terminate_backend(pid) END"  # noqa: S608
                 f" FROM ({RUNNERS} UNION {_HIDDEN_BUILDS}) AS runners JOIN pg_stat_activity USING (pid)",
@@ -144,7 +144,7 @@ class MigrationLock:
 
     def has_only_session(self) -> bool:
         """Whether the server has no other session of our role, from where ours comes: behind a pooler, its pool."""
-        with self.look() as connection:
+        with self.borrowed_connection() as connection:
             return bool(postgres.scalar(
                 connection,
                 "SELECT count(*) = 1 FROM pg_stat_activity a JOIN pg_stat_activity ours"
@@ -153,7 +153,7 @@ class MigrationLock:
                 " WHERE ours.pid = pg_backend_pid() AND a.backend_type = 'client backend'",
             ))  # fmt: skip
 
-    def _prepare(self) -> Proof:
+    def _prepare(self) -> LockIdentity:
         rows = self._connection.execute(
             "SELECT name, set_config(name, wanted.value, true)"
             " FROM pg_settings JOIN unnest(%s::text[], %s::text[]) AS wanted(key, value) ON name = key",
@@ -169,7 +169,7 @@ class MigrationLock:
             (LOCK_CLASS, MIGRATION),
         ).fetchone()
         assert row is not None
-        return Proof(int(str(row[0])), str(row[1]), str(row[2]), str(row[3]))
+        return LockIdentity(int(str(row[0])), str(row[1]), str(row[2]), str(row[3]))
 
 
 def holder(connection: Connection) -> Holder | None:
@@ -185,11 +185,11 @@ def holder(connection: Connection) -> Holder | None:
 
 
 @contextmanager
-def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -> Iterator[MigrationLock]:
+def hold(url: PostgresUrl, deadline: Deadline, report_wait: Callable[[str], None]) -> Iterator[MigrationLock]:
     """
     Take the lock, polling with short statements until the deadline, and give it back at the end.
 
-    `on_wait` hears, steadily, whom we wait for, as the log does. When the block begins, no transaction of an
+    `report_wait` hears, steadily, whom we wait for, as the log does. When the block begins, no transaction of an
     earlier runner is open and no statement of one is running.
 
     Raises BusyError at the deadline, PoolTooSmallError where the lock has the pooler's only connection,
@@ -198,7 +198,7 @@ def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -
 
     def say(what: str) -> None:
         logger.info("%s", what)
-        on_wait(what)
+        report_wait(what)
 
     with postgres.connect(url, "migration-lock", autocommit=False, answer_timeout=LOST_AFTER) as connection:
         # Whatever the role's default: in REPEATABLE READ an idle transaction would hold a snapshot.
@@ -217,7 +217,7 @@ def hold(url: PostgresUrl, deadline: Deadline, on_wait: Callable[[str], None]) -
             connection.rollback()
 
 
-def _take(connection: Connection, deadline: Deadline, on_wait: Callable[[str], None]) -> None:
+def _take(connection: Connection, deadline: Deadline, report_wait: Callable[[str], None]) -> None:
     said: Deadline | None = None
     attempt = 0
     while True:
@@ -228,13 +228,13 @@ def _take(connection: Connection, deadline: Deadline, on_wait: Callable[[str], N
         if deadline.passed:
             raise BusyError("the migration lock", str(who or "a session that has just ended"))
         if said is None or said.passed:
-            said = Deadline(SAY_AGAIN)
-            on_wait(f"waiting for the migration lock, held by {who}" if who else "waiting for the migration lock")
+            said = Deadline(LOG_INTERVAL)
+            report_wait(f"waiting for the migration lock, held by {who}" if who else "waiting for the migration lock")
         attempt += 1
         deadline.pause(attempt, first=0.1, longest=TRY_PAUSE)
 
 
-def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, on_wait: Callable[[str], None]) -> None:
+def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, report_wait: Callable[[str], None]) -> None:
     attempt = 0
     while left := lock.end_runners():
         what = f"what an earlier runner has left in the server (pid {', '.join(map(str, left))})"
@@ -242,7 +242,7 @@ def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, on_wait: Callab
             raise BusyError("the database", what)
         attempt += 1
         if attempt == 1:
-            on_wait(f"ending {what}")
+            report_wait(f"ending {what}")
         deadline.pause(attempt, first=0.05, longest=TRY_PAUSE)
 
 

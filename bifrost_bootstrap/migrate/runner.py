@@ -80,8 +80,8 @@ def upgrade(
                 held.keep_alive()
                 if watch.blind and look.passed:
                     # Once a revision, to name who is in the way; and after the deadline, to end what waits.
-                    with held.look() as connection:
-                        watch.look(connection)
+                    with held.borrowed_connection() as connection:
+                        watch.read_blockers(connection)
                     look = Deadline(max(deadline.remaining, SHORTEST_BLOCK))
                 if deadline.passed and watch.blocked > longest_block:
                     held.end_runners()
@@ -146,7 +146,7 @@ class _Run:
         if self.ended or not applied:
             return applied
         try:
-            state = schema_state.look(self.settings.migration_database, self.tree, self.settings)
+            state = schema_state.read_schema_state(self.settings.migration_database, self.tree, self.settings)
         except errors.BootstrapError as error:
             logger.warning("cannot see which revisions were recorded: %s", error)
             return []

@@ -15,7 +15,7 @@ By SQLAlchemy's engine events, and without touching the tree's code, each transa
 
 Statements outside a transaction (`autocommit_block`) cannot hold a lock of ours: each is preceded by the proof
 and begins with a comment (`tag`), by which the next holder finds it. With asyncpg most of them get a transaction of
-their own (`run_loose`), which is tied to the lock like the others, but waits for tables as long as it takes.
+their own (`run_autocommit_asyncpg`). It is tied to the lock like the others, but waits for tables without a limit.
 
 A revision may end its transaction itself (`op.execute("COMMIT")`). SQLAlchemy does not notice, and what follows would
 have no lock. The rest of such a revision gets a transaction of its own, but for statements that cannot be in one
@@ -116,7 +116,7 @@ class Events:
         self._out.flush()
 
 
-def end_with_parent(pipe: int) -> None:
+def exit_when_parent_exits(pipe: int) -> None:
     """
     End this process, and what it started, when the parent closes the pipe or dies.
 
@@ -136,7 +136,7 @@ def end_with_parent(pipe: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class Guard:
+class LockGuard:
     """Ties every transaction of the tree to the migration lock that the parent holds."""
 
     def __init__(self, request: dict[str, Any], events: Events) -> None:
@@ -166,8 +166,8 @@ class Guard:
         event.listen(Engine, "begin", self.on_begin)
         event.listen(Engine, "commit", self.on_commit)
         event.listen(Engine, "before_cursor_execute", self.on_execute, retval=True)
-        event.listen(Engine, "do_execute", lambda *call: self.run_loose("_prepare_and_execute", *call))
-        event.listen(Engine, "do_executemany", lambda *call: self.run_loose("_executemany", *call))
+        event.listen(Engine, "do_execute", lambda *call: self.run_autocommit_asyncpg("_prepare_and_execute", *call))
+        event.listen(Engine, "do_executemany", lambda *call: self.run_autocommit_asyncpg("_executemany", *call))
         event.listen(Engine, "after_cursor_execute", self.on_executed)
 
     @staticmethod
@@ -272,7 +272,7 @@ class Guard:
         dbapi(connection).autocommit = False
         self.join_lock(connection)
 
-    def run_loose(self, method: str, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    def run_autocommit_asyncpg(self, method: str, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
         """
         Run the tree's statement so that it meets one session only, where that takes care; whether it was run.
 
@@ -283,7 +283,7 @@ class Guard:
         connection = context.root_connection
         if end_by_asyncpg(connection, statement):
             return True
-        loose = loose_asyncpg(connection)
+        loose = autocommit_asyncpg_session(connection)
         if loose is None or loose._connection.is_in_transaction() or self.foreign(connection) is not None:
             return False
 
@@ -406,7 +406,7 @@ def forget_transaction(connection: Connection) -> None:
         session.commit()
 
 
-def loose_asyncpg(connection: Connection) -> Any:
+def autocommit_asyncpg_session(connection: Connection) -> Any:
     """
     The driver's own connection where a statement may meet two sessions, else None.
 
@@ -434,7 +434,7 @@ def leaving_nothing(base: Any) -> Any:
 
 
 @contextmanager
-def told_apart(connection: Connection) -> Iterator[None]:
+def disconnects_marked(connection: Connection) -> Iterator[None]:
     """In an event SQLAlchemy translates no error of the driver: say ourselves that the connection broke."""
     session = connection.connection.dbapi_connection
     try:
@@ -447,8 +447,8 @@ def told_apart(connection: Connection) -> Iterator[None]:
 
 def run(connection: Connection, statement: str) -> None:
     """Run a statement without a result. By the driver: SQLAlchemy would begin a transaction, and call us again."""
-    with told_apart(connection):
-        if loose := loose_asyncpg(connection):
+    with disconnects_marked(connection):
+        if loose := autocommit_asyncpg_session(connection):
             try:
                 loose.run_async(lambda driver: driver.execute(statement))
             except Exception as error:
@@ -461,8 +461,8 @@ def run(connection: Connection, statement: str) -> None:
 
 def ask(connection: Connection, query: str) -> Any:
     """First row of the query, or None."""
-    with told_apart(connection):
-        if loose := loose_asyncpg(connection):
+    with disconnects_marked(connection):
+        if loose := autocommit_asyncpg_session(connection):
 
             async def in_one_session(driver: Any) -> Any:
                 async with driver.transaction():
@@ -482,7 +482,7 @@ class Runner:
     def __init__(self, request: dict[str, Any], config: Config, script: ScriptDirectory, events: Events) -> None:
         self.script, self.config, self.events = script, config, events
         self.version_table: str = request["version_table"]
-        self.guard = Guard(request, events)
+        self.guard = LockGuard(request, events)
         self.revision = self.title = ""
         self.applied = False
         self.failure: BaseException | None = None
@@ -735,7 +735,7 @@ def main() -> NoReturn:
             elif request["mode"] == "sql":
                 events.send("sql", sql=pending_sql(config, script, request["heads"]))
             else:
-                end_with_parent(pipe)
+                exit_when_parent_exits(pipe)
                 runner = Runner(request, config, script, events)
                 runner.upgrade()
                 events.send("done")

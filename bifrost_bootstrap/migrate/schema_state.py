@@ -87,7 +87,7 @@ def judge(tree: Tree, database_heads: Iterable[str], *, allow_ahead: bool) -> Sc
     return SchemaState("behind" if database else "empty", tree.heads, database, pending)
 
 
-def look(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
+def read_schema_state(url: PostgresUrl, tree: Tree, settings: Settings) -> SchemaState:
     """
     One read: where the database stands. Of a tree with several version tables: the first that is not at head.
 

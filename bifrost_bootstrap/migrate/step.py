@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from bifrost_bootstrap import errors
-from bifrost_bootstrap.deadline import Deadline, Patience
+from bifrost_bootstrap.deadline import Deadline, RejectionTimer
 from bifrost_bootstrap.migrate import lock, runner, schema_state, tree_loading
 from bifrost_bootstrap.migrate.runner import Applied
 from bifrost_bootstrap.migrate.schema_state import SchemaState
@@ -26,7 +26,7 @@ _UNRECORDED = (
     "for instance by connection.commit()"
 )
 #: How often in a row the tree's process may end without a word: by a signal, for want of memory.
-MOST_DEATHS = 3
+MAX_CRASHES = 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
 
     Raises SchemaError before any DDL where the head cannot be reached, MigrationError where a revision failed,
     MigrateGivenUpError where the tree's process died each time, BusyError and UnavailableError at the deadline,
-    RefusedError where that lasts longer than `Patience`, and the configuration errors of the tree.
+    RefusedError where that lasts longer than `RejectionTimer`, and the configuration errors of the tree.
     """
     started = time.monotonic()
     tree = tree_loading.load(settings)
@@ -57,12 +57,12 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     url = settings.migration_database
     before: SchemaState | None = None
     applied: list[Applied] = []
-    patience = Patience()
+    patience = RejectionTimer()
     attempt = deaths = 0
     while True:
         attempt += 1
         try:
-            state = schema_state.look(url, tree, settings)
+            state = schema_state.read_schema_state(url, tree, settings)
             before = before or state
             if refusal := state.refusal():
                 raise refusal
@@ -73,20 +73,20 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
                 )  # fmt: skip
             with lock.hold(url, deadline, lambda note: report(Progress("migrate", note=note))) as held:
                 # Somebody may have been faster while we waited.
-                state = schema_state.look(url, tree, settings)
+                state = schema_state.read_schema_state(url, tree, settings)
                 if not state.ready and not state.refusal():
                     runner.upgrade(settings, tree, held, deadline, applied, report)
                     _look_at_result(settings, tree, applied)
         except errors.OwnProcessError as died:
             error: errors.BootstrapError = died
             deaths += 1
-            if deaths == MOST_DEATHS:
+            if deaths == MAX_CRASHES:
                 raise errors.MigrateGivenUpError(deaths, str(error)) from died
         except (errors.BusyError, errors.RefusedError, errors.UnavailableError) as passing:
             error, deaths = passing, 0
         else:
             continue
-        if patience.spent_by(error):
+        if patience.expired_by(error):
             raise error
         if not deadline.passed:
             logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)
@@ -100,7 +100,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
 def _look_at_result(settings: Settings, tree: Tree, applied: list[Applied]) -> None:
     """After an upgrade without an error: is it recorded where we read, and did it leave something broken?"""
     url, table = settings.migration_database, settings.alembic_version_table
-    state = schema_state.look(url, tree, settings)
+    state = schema_state.read_schema_state(url, tree, settings)
     with postgres.connect(url, "migration-result", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
         if not state.ready and not state.refusal():
             if written := postgres.other_table(connection, table):

@@ -34,7 +34,7 @@ _CLUSTER_ERRORS = (
 )
 
 
-def described(url: str) -> str:
+def display_name(url: str) -> str:
     """The server in words, without user and password."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
@@ -66,7 +66,7 @@ def translated(url: str) -> Iterator[None]:
     Raise RefusedError for a login or a right, CertificateError, UnavailableError for a server that is away, WarmError
     for a write.
     """
-    server = described(url)
+    server = display_name(url)
     try:
         yield
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
@@ -137,7 +137,7 @@ def want_primary(client: redis.Redis, url: str) -> ServerFacts | None:
 
     A primary that was demoted answers with what it held, until it has copied the new one.
     """
-    server, found = described(url), facts(client)
+    server, found = display_name(url), facts(client)
     if found and found.cluster:
         raise WarmError(f"{server} {_IS_CLUSTER}")
     if found and found.primary:
@@ -151,7 +151,7 @@ def room_for_writing(client: redis.Redis, url: str) -> int | None:
 
     Warns of a policy that may evict what we write. Raises WarmError for a replica and a cluster.
     """
-    server, found = described(url), want_primary(client, url)
+    server, found = display_name(url), want_primary(client, url)
     if found is None:
         logger.info("%s does not tell its memory to this user", server)
         return None

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Event, Thread
 
-from bifrost_bootstrap.deadline import Deadline, Patience
+from bifrost_bootstrap.deadline import Deadline, RejectionTimer
 from bifrost_bootstrap.errors import RefusedError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a server, and between two log lines about it.
-LOOK_PAUSE, SAY_AGAIN = 0.5, 10.0
+POLL_INTERVAL, LOG_INTERVAL = 0.5, 10.0
 #: Seconds after which a server that is silent is named, although its first look has not ended.
 SILENCE = 1.0
 #: Seconds that a server gets for the answer to one look.
-LOOK_TIMEOUT = 5.0
+PROBE_TIMEOUT = 5.0
 
 Look = Callable[[], object]
 
@@ -36,13 +36,13 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
     Call each look until it no longer raises UnavailableError or RefusedError.
 
     Returns what had to be waited for. Raises the error of a server at the deadline, a RefusedError that lasts
-    longer than `Patience`, and a CertificateError and any other error of a look at once.
+    longer than `RejectionTimer`, and a CertificateError and any other error of a look at once.
     """
     since = Deadline(deadline.remaining)
     # The one that was heard of last comes last.
     missing: dict[str, BaseException] = {server: UnavailableError(server, "no answer yet") for server in servers}
     unheard = set(servers)
-    patience = {server: Patience() for server in servers}
+    patience = {server: RejectionTimer() for server in servers}
     said: dict[str, Deadline] = {}
     waited: list[Waited] = []
     seen: Queue[tuple[str, BaseException | None]] = Queue()
@@ -50,7 +50,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
 
     def say(server: str) -> None:
         if server not in said or said[server].passed:
-            said[server] = Deadline(SAY_AGAIN)
+            said[server] = Deadline(LOG_INTERVAL)
             logger.info("waiting for it: %s (%.0fs of %.0fs)", missing[server], deadline.elapsed, deadline.seconds)
 
     for server, look in servers.items():
@@ -63,7 +63,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
             for silent in missing if since.elapsed > SILENCE else ():
                 say(silent)
             try:
-                server, error = seen.get(timeout=min(LOOK_PAUSE, deadline.remaining))
+                server, error = seen.get(timeout=min(POLL_INTERVAL, deadline.remaining))
             except Empty:
                 continue
             if error is None:
@@ -78,7 +78,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
                 said.pop(server, None)
             del missing[server]
             missing[server] = error
-            if not isinstance(error, UnavailableError | RefusedError) or patience[server].spent_by(error):
+            if not isinstance(error, UnavailableError | RefusedError) or patience[server].expired_by(error):
                 raise error
             say(server)
     finally:
@@ -98,4 +98,4 @@ def _watch(server: str, look: Look, seen: Queue[tuple[str, BaseException | None]
         else:
             seen.put((server, None))
             return
-        given_up.wait(LOOK_PAUSE)
+        given_up.wait(POLL_INTERVAL)

@@ -9,12 +9,12 @@ from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.progress import Facts
 from bifrost_bootstrap.servers import postgres, redis_server
-from bifrost_bootstrap.servers.waiting import LOOK_TIMEOUT
+from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
 from bifrost_bootstrap.settings import Settings
 
 
 @dataclass(frozen=True)
-class Surroundings(Facts):
+class Diagnostics(Facts):
     """
     redis: its eviction policy and memory, in words. invalid_indexes: each with the statement that repairs it.
 
@@ -26,14 +26,14 @@ class Surroundings(Facts):
     worker: str = ""
 
 
-def look(settings: Settings, tree: Tree) -> Surroundings:
+def collect_diagnostics(settings: Settings, tree: Tree) -> Diagnostics:
     """Ask each server once. One that does not answer is a note; nothing is raised."""
-    return Surroundings(_redis(settings), _invalid_indexes(settings), _worker(settings, tree))
+    return Diagnostics(_redis(settings), _invalid_indexes(settings), _worker(settings, tree))
 
 
 def _redis(settings: Settings) -> str:
     try:
-        with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
+        with redis_server.connect(settings.redis, answer_timeout=PROBE_TIMEOUT) as client:
             found = redis_server.facts(client)
     except BootstrapError as error:
         return str(error)

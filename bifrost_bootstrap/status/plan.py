@@ -10,7 +10,7 @@ from bifrost_bootstrap.migrate import process, schema_state as schemas
 from bifrost_bootstrap.migrate.schema_state import SchemaState
 from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.servers import redis_server
-from bifrost_bootstrap.servers.waiting import LOOK_TIMEOUT
+from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.status import readiness
 from bifrost_bootstrap.warm import diff as cache_diff
@@ -66,11 +66,11 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
 
     Raises UnavailableError, RefusedError, and the configuration errors of the tree.
     """
-    state = schemas.look(settings.database, tree, settings)
+    state = schemas.read_schema_state(settings.database, tree, settings)
     diff, no_diff, size = None, "", 0
     try:
         with (
-            redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client,
+            redis_server.connect(settings.redis, answer_timeout=PROBE_TIMEOUT) as client,
             cache_diff.row_reader(settings, answer_timeout=readiness.COMPARE_TIMEOUT) as reader,
         ):
             states = ModuleCache(client, reader.source.ttl(settings)).states()

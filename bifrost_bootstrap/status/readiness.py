@@ -6,13 +6,13 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bifrost_bootstrap.deadline import Deadline, Patience
+from bifrost_bootstrap.deadline import Deadline, RejectionTimer
 from bifrost_bootstrap.errors import RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.migrate import schema_state as schemas
 from bifrost_bootstrap.migrate.schema_state import SchemaState
 from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.servers import redis_server
-from bifrost_bootstrap.servers.waiting import LOOK_TIMEOUT
+from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.warm import diff as cache_diff
 from bifrost_bootstrap.warm.cache import Marker, ModuleCache
@@ -22,11 +22,11 @@ from bifrost_bootstrap.warm.source import WRITER_WAIT, await_writers
 logger = logging.getLogger(__name__)
 
 #: Seconds from a first comparison that found a difference to the second, and between looks that wait.
-SECOND_LOOK, LOOK_PAUSE = 0.2, 1.0
+RECHECK_DELAY, POLL_INTERVAL = 0.2, 1.0
 #: Seconds that PostgreSQL may be silent in a comparison.
 COMPARE_TIMEOUT = 30.0
 #: Seconds between two log lines that say the same.
-SAY_AGAIN = 10.0
+LOG_INTERVAL = 10.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Readiness:
         return "run `bifrost-bootstrap init`" + (", or `rewarm`" if self.schema.ready else "")
 
 
-def look(
+def read_readiness(
     settings: Settings,
     tree: Tree,
     *,
@@ -109,10 +109,10 @@ def look(
 
     Raises UnavailableError, RefusedError.
     """
-    schema = schemas.look(settings.database, tree, settings)
+    schema = schemas.read_schema_state(settings.database, tree, settings)
     found = Readiness(schema)
     try:
-        with redis_server.connect(settings.redis, answer_timeout=LOOK_TIMEOUT) as client:
+        with redis_server.connect(settings.redis, answer_timeout=PROBE_TIMEOUT) as client:
             redis_server.want_primary(client, settings.redis)
             cache = ModuleCache(client)
             marker, modules = cache.marker(), cache.size()
@@ -120,7 +120,7 @@ def look(
             if not schema.ready:
                 return found
             newer = marker is not None and (since is None or marker.warm_id != since.warm_id)
-            if marker_suffices and newer and marker and marker.tells(modules, schema.database_heads):
+            if marker_suffices and newer and marker and marker.is_current_for(modules, schema.database_heads):
                 return replace(found, warmed=True)
             return replace(found, diff=_difference(settings, client, compare, await_open)) if compare else found
     except WarmError as error:
@@ -130,7 +130,7 @@ def look(
 
 def compare_timeout(deadline: Deadline) -> float:
     """Seconds for a comparison by somebody who has a deadline; past it a short one, since the last look decides."""
-    return min(COMPARE_TIMEOUT, max(LOOK_TIMEOUT, deadline.remaining))
+    return min(COMPARE_TIMEOUT, max(PROBE_TIMEOUT, deadline.remaining))
 
 
 def _difference(settings: Settings, client: Any, answer_timeout: float, await_open: bool) -> CacheDiff:
@@ -143,31 +143,31 @@ def _difference(settings: Settings, client: Any, answer_timeout: float, await_op
         first = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout)
     if first.diff.empty:
         return first.diff
-    Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
+    Deadline(RECHECK_DELAY).sleep(RECHECK_DELAY)
     again = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout).diff
-    return again.only(first.diff.same_as(again))
+    return first.diff.confirmed_by(again)
 
 
 def wait_until_ready(settings: Settings, tree: Tree, deadline: Deadline) -> Readiness:
     """
-    Look, and where it is not ready look again until the deadline; the last look is returned.
+    Read again until the deployment is ready or the deadline has passed; return the last readiness.
 
-    Servers that are away are waited for, and one that refuses us while `Patience` lasts. Raises their error at the
-    end, a CertificateError at once.
+    Waits for unreachable servers, and for a server that rejects us until `RejectionTimer` expires. Then raises their
+    error; a CertificateError at once.
     """
-    patience = Patience()
+    patience = RejectionTimer()
     said: Deadline | None = None
     while True:
         try:
-            found = look(settings, tree, compare=COMPARE_TIMEOUT)
+            found = read_readiness(settings, tree, compare=COMPARE_TIMEOUT)
             if found.ready or deadline.passed:
                 return found
-            missing, patience = found.missing(), Patience()
+            missing, patience = found.missing(), RejectionTimer()
         except (UnavailableError, RefusedError) as error:
-            if patience.spent_by(error) or deadline.passed:
+            if patience.expired_by(error) or deadline.passed:
                 raise
             missing = str(error)
         if said is None or said.passed:
-            said = Deadline(SAY_AGAIN)
+            said = Deadline(LOG_INTERVAL)
             logger.info("not ready: %s (%.0fs of %.0fs)", missing, deadline.elapsed, deadline.seconds)
-        deadline.sleep(LOOK_PAUSE)
+        deadline.sleep(POLL_INTERVAL)

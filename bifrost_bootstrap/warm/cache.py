@@ -94,7 +94,7 @@ class Marker:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
-    def tells(self, size: int, database_heads: tuple[str, ...]) -> bool:
+    def is_current_for(self, size: int, database_heads: tuple[str, ...]) -> bool:
         """Whether a cache of this size is complete by what the last warm found, for a database at these heads."""
         return self.settled and self.modules == size and tuple(sorted(self.heads)) == database_heads
 
@@ -104,16 +104,16 @@ class CacheStates:
     """
     What the cache holds, read before the database.
 
-    marker: as it was before the entries were read, b"" where there was none. tails: by path of the index, the last
-    bytes of its entry, b"" where there is none. loose: the same for paths that were asked for and are not in the
-    index. off_policy: paths whose time to live is not what the TTL policy wants. index_expires: the index has a time to
+    marker: as it was before the entries were read, b"" if there was none. fingerprints: by path of the index, the last
+    bytes of its entry, b"" if it has none. unindexed: the same for paths that were asked for and are not in the
+    index. wrong_ttl: paths whose time to live is not what the TTL policy wants. index_expires: the index has a time to
     live. has_requirements: the requirements entry is there.
     """
 
     marker: bytes
-    tails: dict[bytes, bytes] = field(default_factory=dict)
-    loose: dict[bytes, bytes] = field(default_factory=dict)
-    off_policy: set[bytes] = field(default_factory=set)
+    fingerprints: dict[bytes, bytes] = field(default_factory=dict)
+    unindexed: dict[bytes, bytes] = field(default_factory=dict)
+    wrong_ttl: set[bytes] = field(default_factory=set)
     index_expires: bool = False
     has_requirements: bool = False
 
@@ -121,17 +121,17 @@ class CacheStates:
 @dataclass(frozen=True)
 class Switched:
     """
-    left_alone: paths whose entry somebody had written since it was compared.
+    conflicts: paths whose entry somebody had written since it was compared.
 
-    undisturbed: no other warm has switched since the cache was read, or it has vouched for what it left.
+    no_other_warm: no other warm has switched since the cache was read, or it has vouched for what it left.
     """
 
-    left_alone: list[bytes]
-    undisturbed: bool
+    conflicts: list[bytes]
+    no_other_warm: bool
 
     @property
     def as_planned(self) -> bool:
-        return self.undisturbed and not self.left_alone
+        return self.no_other_warm and not self.conflicts
 
 
 def entry(path: str, content: str, content_hash: str) -> bytes:
@@ -161,18 +161,18 @@ class ModuleCache:
         states = CacheStates(self._client.get(MARKER) or b"")  # type: ignore[arg-type]
         states.index_expires = self._index_expires()
         states.has_requirements = bool(self._client.exists(REQUIREMENTS))
-        self._read_tails(list(self._client.smembers(INDEX)), states.tails, states.off_policy)  # type: ignore[arg-type]
-        self._read_tails([path for path in more if path not in states.tails], states.loose, states.off_policy)
+        self._read_tails(list(self._client.smembers(INDEX)), states.fingerprints, states.wrong_ttl)  # type: ignore[arg-type]
+        self._read_tails([path for path in more if path not in states.fingerprints], states.unindexed, states.wrong_ttl)
         return states
 
     def is_still(self, states: CacheStates) -> bool:
         """Whether marker, index and every entry are as these say, and live as long as they should."""
-        if (self._client.get(MARKER) or b"") != states.marker or self.size() != len(states.tails):
+        if (self._client.get(MARKER) or b"") != states.marker or self.size() != len(states.fingerprints):
             return False
         if self._index_expires():
             return False
-        slices = _slices(list(states.tails))
-        wanted = (_digest(states.tails[path] for path in one) for one in slices)
+        slices = _slices(list(states.fingerprints))
+        wanted = (_digest(states.fingerprints[path] for path in one) for one in slices)
         return all(map(operator.eq, self._run(PROOF, slices), wanted))
 
     def _index_expires(self) -> bool:
@@ -184,11 +184,11 @@ class ModuleCache:
         value = orjson.dumps({"content": content, "hash": digest})
         return bool(self._client.set(REQUIREMENTS, value, ex=REQUIREMENTS_TTL, nx=True))
 
-    def _read_tails(self, paths: list[bytes], tails: dict[bytes, bytes], off_policy: set[bytes]) -> None:
+    def _read_tails(self, paths: list[bytes], fingerprints: dict[bytes, bytes], wrong_ttl: set[bytes]) -> None:
         slices = _slices(paths)
         for one, (found, off) in zip(slices, self._run(STATES, slices), strict=True):
-            tails.update(zip(one, found, strict=True))
-            off_policy.update(one[number] for number in off)
+            fingerprints.update(zip(one, found, strict=True))
+            wrong_ttl.update(one[number] for number in off)
 
     def _run(self, script: str, slices: Iterable[Sequence[bytes]]) -> Iterator[Any]:
         """What a script that only reads answers to each of these slices; Redis works on the next while we read one."""
@@ -245,10 +245,10 @@ class ModuleCache:
         own = (stage_prefix(marker.warm_id), plan_key(marker.warm_id))
         arguments = (ENTRY, INDEX, MARKER, *own, marker.to_json(), self._ttl_ms, planned, since)
         with _rights_named(SWITCH):
-            done, paths, *undisturbed = self._client.eval(SWITCH, 5, *arguments)
+            done, paths, *no_other_warm = self._client.eval(SWITCH, 5, *arguments)
         if not done:
             raise StagedLostError(f"what was staged was evicted before the switch, {paths[0]!r} among it")
-        return Switched(list(paths), bool(undisturbed[0]))
+        return Switched(list(paths), bool(no_other_warm[0]))
 
 
 class Pipelined:
@@ -327,9 +327,9 @@ def _slices(items: list[_Item]) -> list[list[_Item]]:
     return [items[start : start + READ_SLICE] for start in range(0, len(items), READ_SLICE)]
 
 
-def _digest(tails: Iterable[bytes]) -> bytes:
+def _digest(fingerprints: Iterable[bytes]) -> bytes:
     """As the script PROOF makes it."""
-    return hashlib.sha1(b"\n".join(tails), usedforsecurity=False).hexdigest().encode()
+    return hashlib.sha1(b"\n".join(fingerprints), usedforsecurity=False).hexdigest().encode()
 
 
 def _packed(*words: object) -> Iterator[bytes]:

@@ -77,14 +77,15 @@ class CacheDiff:
         """Whether it looks like the wrong database: most of the cache would go."""
         return len(self.removed) > max(SHRINK_ENTRIES, SHRINK_SHARE * self.indexed)
 
-    def same_as(self, other: CacheDiff) -> set[bytes]:
-        """Paths that differ in both in the same way: what was seen twice is not a writer in the middle of his work."""
-        return {path for path, tail in self.compared.items() if other.compared.get(path) == tail}
+    def confirmed_by(self, second: CacheDiff) -> CacheDiff:
+        """
+        The part of this difference that a second comparison finds unchanged.
 
-    def only(self, paths: set[bytes]) -> CacheDiff:
-        """The part of the difference that is about these paths."""
-        kinds: dict[str, Any] = {kind: [path for path in getattr(self, kind) if path in paths] for kind in KINDS}
-        return replace(self, **kinds, compared={path: self.compared[path] for path in paths})
+        What only one of the two saw is a live writer between its commit and its cache entry.
+        """
+        paths = {path for path, tail in self.compared.items() if second.compared.get(path) == tail}
+        kinds: dict[str, Any] = {kind: [path for path in getattr(second, kind) if path in paths] for kind in KINDS}
+        return replace(second, **kinds, compared={path: second.compared[path] for path in paths})
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: counts, the first paths of each kind, and all rows that cannot be cached."""
@@ -230,11 +231,11 @@ def _undecodable(url: PostgresUrl, source: ModuleSource) -> str:
     return "that has gone meanwhile"
 
 
-def trusted(said: bytes | None) -> bytes | None:
-    """This `content_hash` as an entry has it, or None where it is no sha-256 in hex."""
-    if said is None or len(said) != _HASH_DIGITS:
+def parse_sha256(stored_hash: bytes | None) -> bytes | None:
+    """The `content_hash` of a row as an entry has it; None if it is no sha-256 in hex."""
+    if stored_hash is None or len(stored_hash) != _HASH_DIGITS:
         return None
-    digits = said.lower()
+    digits = stored_hash.lower()
     return None if digits.translate(None, _DIGITS) else digits
 
 
@@ -244,73 +245,98 @@ def compare(states: CacheStates, rows: Snapshot, *, full: bool = False) -> Cache
 
     `full`: every entry counts as changed.
     """
-    diff = CacheDiff(indexed=len(states.tails), index_expires=states.index_expires)
+    diff = CacheDiff(indexed=len(states.fingerprints), index_expires=states.index_expires)
     diff.requirements = _requirements_state(states, rows)
     if rows.source.table:
         _compare_rows(diff, states, rows, full=full)
     else:
         # BIFROST_MODULE_SOURCE=none: nothing says what the cache should hold, so all of it is left alone.
-        diff.modules = len(states.tails)
+        diff.modules = len(states.fingerprints)
     return diff
 
 
 def _compare_rows(diff: CacheDiff, states: CacheStates, rows: Snapshot, *, full: bool) -> None:
-    """Fill the difference with what the rows of a table say."""
-    tails, loose, off_policy = states.tails, states.loose, states.off_policy
-    trusts_hash = rows.source.trusts_hash
-    diff.private = rows.source.count_private(tails)
-    matched = unmatched = 0
+    """Fill the difference with the rows of a table."""
+    fingerprints = states.fingerprints
+    wrong_ttl = states.wrong_ttl
+    comparison = _RowComparison(diff, states, trusts_hash=rows.source.trusts_hash, full=full)
+    unchanged = 0
+    for path, stored_hash in rows.hashes():
+        found = fingerprints.get(path)  # type: ignore[arg-type]
+        # Nearly all rows end here, without a call: `add` takes five times as long.
+        if (
+            found
+            and stored_hash
+            and len(stored_hash) == _HASH_DIGITS
+            and found == stored_hash + module_cache.TAIL_END
+            and not (stored_hash.translate(None, _DIGITS) or full or path in wrong_ttl)
+        ):
+            unchanged += 1
+        else:
+            comparison.add(path, stored_hash)
+    comparison.compare_contents(rows)
+    indexed = unchanged + comparison.indexed
+    diff.modules = indexed + comparison.unindexed
+    diff.private = rows.source.count_private(fingerprints)
+    if indexed + diff.private < len(fingerprints):
+        diff.removed = _without_row(fingerprints, rows)
+        diff.compared |= {path: fingerprints[path] for path in diff.removed}
 
-    def sort(path: bytes, found: bytes, *, indexed: bool, same: bool) -> None:
+
+class _RowComparison:
+    """Sorts rows into a difference. indexed, unindexed: rows so far whose path the index has, and has not."""
+
+    def __init__(self, diff: CacheDiff, states: CacheStates, *, trusts_hash: bool, full: bool) -> None:
+        self._diff = diff
+        self._states = states
+        self._trusts_hash = trusts_hash
+        self._full = full
+        self.indexed = 0
+        self.unindexed = 0
+        #: Entries that do not match the stored hash of their row, but perhaps its content: the stored hash is wrong or
+        #: missing. By path the fingerprint of the entry.
+        self._doubtful: dict[bytes, bytes] = {}
+
+    def add(self, path: bytes | None, stored_hash: bytes | None) -> None:
+        """Sort one row; remember it if only its content can tell."""
+        if path is None or path == module_cache.COLLIDING_PATH:
+            reason = "its entry would be the index itself" if path else "a module without a path"
+            self._diff.odd.append((path.decode() if path else "", reason))
+            return
+        found = self._states.fingerprints.get(path)
+        indexed = found is not None
+        if indexed:
+            self.indexed += 1
+        else:
+            self.unindexed += 1
+            found = self._states.unindexed.get(path, b"")
+        if not found and not indexed:
+            self._diff.added.append(path)
+            self._diff.compared[path] = b""
+            return
+        assert found is not None
+        wanted = parse_sha256(stored_hash)
+        same = not self._full and wanted is not None and found == module_cache.tail(wanted)
+        if same or self._full or not found or (wanted is not None and self._trusts_hash):
+            self._sort(path, found, same=same)
+        else:
+            self._doubtful[path] = found
+
+    def compare_contents(self, rows: Snapshot) -> None:
+        """Sort the rows that only their content can tell."""
+        for path, computed in rows.computed_hashes(list(self._doubtful)):
+            found = self._doubtful[path]
+            self._sort(path, found, same=found == module_cache.tail(computed))
+
+    def _sort(self, path: bytes, found: bytes, *, same: bool) -> None:
+        indexed = path in self._states.fingerprints
         if not same:
-            (diff.changed if indexed else diff.added).append(path)
-        elif not indexed or path in off_policy:
-            diff.expiring.append(path)
+            (self._diff.changed if indexed else self._diff.added).append(path)
+        elif not indexed or path in self._states.wrong_ttl:
+            self._diff.expiring.append(path)
         else:
             return
-        diff.compared[path] = found
-
-    # Entries that are not as their row says, but perhaps as its content is: `content_hash` lies, or is none.
-    doubtful: dict[bytes, bytes] = {}
-    for path, said in rows.hashes():
-        indexed = tails.get(path)  # type: ignore[arg-type]
-        # So it is for nearly all of them, and what follows would take five times as long.
-        if (
-            indexed
-            and said
-            and len(said) == _HASH_DIGITS
-            and indexed == said + module_cache.TAIL_END
-            and not (said.translate(None, _DIGITS) or full or path in off_policy)
-        ):
-            matched += 1
-            continue
-        if path is None or path == module_cache.COLLIDING_PATH:
-            why = "its entry would be the index itself" if path else "a module without a path"
-            diff.odd.append((path.decode() if path else "", why))
-            continue
-        if indexed is not None:
-            matched += 1
-        else:
-            unmatched += 1
-            # And so for all of them in a first fill.
-            if path not in loose:
-                diff.added.append(path)
-                diff.compared[path] = b""
-                continue
-        found = loose[path] if indexed is None else indexed
-        wanted = trusted(said)
-        same = not full and wanted is not None and found == module_cache.tail(wanted)
-        if same or full or not found or (wanted is not None and trusts_hash):
-            sort(path, found, indexed=indexed is not None, same=same)
-        else:
-            doubtful[path] = found
-    diff.modules = matched + unmatched
-    for path, computed in rows.computed_hashes(list(doubtful)):
-        found = doubtful[path]
-        sort(path, found, indexed=path in tails, same=found == module_cache.tail(computed))
-    if matched + diff.private < len(tails):
-        diff.removed = _without_row(tails, rows)
-        diff.compared |= {path: tails[path] for path in diff.removed}
+        self._diff.compared[path] = found
 
 
 def _requirements_state(states: CacheStates, rows: Snapshot) -> str:

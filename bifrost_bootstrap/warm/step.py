@@ -23,7 +23,7 @@ from bifrost_bootstrap.warm.source import WRITER_WAIT, OpenWriter, await_writers
 logger = logging.getLogger(__name__)
 
 #: Comparisons until no difference is left; each after the first meets only what was written meanwhile.
-MOST_PASSES = 20
+MAX_PASSES = 20
 #: From this pass on, differences that live writers keep making do not keep a warm from ending (see `_is_in_flight`).
 #: Before it only a comparison without any difference does: it proves more, and a cache that is at rest gets there.
 SETTLING_PASS = 4
@@ -127,11 +127,11 @@ class _Warm:
         self.warm_id = uuid.uuid4().hex[:16]
         self.counts = {"added": 0, "changed": 0, "removed": 0, "expiring": 0, "bytes": 0}
         #: By the last switch, because somebody else had written them. Perhaps the index does not name them.
-        self.left_alone: list[bytes] = []
+        self.conflicts: list[bytes] = []
         #: What the last switch has left, where nothing came in between.
         self.known: CacheStates | None = None
         #: By path, for the last switch: the tail that it found and the tail that it left.
-        self.switched_tails: dict[bytes, tuple[bytes, bytes]] = {}
+        self.switched_fingerprints: dict[bytes, tuple[bytes, bytes]] = {}
         #: Transactions that were open while the rows of the last switch were read: their rows may be newer.
         self.writers: frozenset[OpenWriter] = frozenset()
         self.requirements = ""
@@ -147,7 +147,7 @@ class _Warm:
             if done.verified:
                 return self._result(done, number, round(time.monotonic() - started, 3))
             # Not before one comparison has followed a switch: the first finds what there was to do.
-            if number == MOST_PASSES or (deadline.passed and number > 1):
+            if number == MAX_PASSES or (deadline.passed and number > 1):
                 raise UnsettledError(number, ANOTHER_WARM if done.diff.empty else done.diff.summary())
             # As large as the cache perhaps, and the next pass makes its own.
             del done
@@ -170,7 +170,7 @@ class _Warm:
         self.report(Progress("warm", note=READING))
         known, self.known = self.known, None
         # The cache first: what is written between the two reads is then found to differ, and left alone.
-        states = known or self.cache.states(self.left_alone)
+        states = known or self.cache.states(self.conflicts)
         # Between the two reads: a writer that had set an entry before the first, and commits after the second, is open.
         writers = self.reader.open_writers()
         self.report(Progress("warm", note=COMPARING))
@@ -193,7 +193,7 @@ class _Warm:
         if switched.as_planned and not in_flight:
             states.marker = marker.to_json().encode()
             self.known = states
-        if switched.undisturbed or not diff.complete:
+        if switched.no_other_warm or not diff.complete:
             for kind in cache_diff.KINDS:
                 self.counts[kind] += 0 if in_flight else len(getattr(diff, kind))
         return _Pass(diff, heads, switched, in_flight)
@@ -205,7 +205,7 @@ class _Warm:
         A path that differed before, and whose entry is as the last switch found or left it, is for us to write again.
         Any other has been written since, or its row changed after the last comparison began.
         """
-        return not any(tail in self.switched_tails.get(path, ()) for path, tail in diff.compared.items())
+        return not any(tail in self.switched_fingerprints.get(path, ()) for path, tail in diff.compared.items())
 
     def _warn_of_little_room(self, diff: CacheDiff, rows: Snapshot) -> None:
         moved = diff.added + diff.changed
@@ -215,7 +215,7 @@ class _Warm:
         if needed > self.room:
             logger.warning(
                 "this warm needs about %.1f MB in %s, which has %.1f MB left below maxmemory",
-                needed / 1e6, redis_server.described(self.settings.redis), self.room / 1e6,
+                needed / 1e6, redis_server.display_name(self.settings.redis), self.room / 1e6,
             )  # fmt: skip
 
     def _stage(self, diff: CacheDiff, rows: Snapshot, states: CacheStates, *, full: bool) -> int:
@@ -245,12 +245,14 @@ class _Warm:
     def _remember(self, diff: CacheDiff, states: CacheStates) -> None:
         """Let `states` become what the switch will leave."""
         for path in diff.removed:
-            del states.tails[path]
-        states.tails |= {path: diff.compared[path] for path in diff.expiring}
-        states.loose, states.off_policy = {}, set()
+            del states.fingerprints[path]
+        states.fingerprints |= {path: diff.compared[path] for path in diff.expiring}
+        states.unindexed, states.wrong_ttl = {}, set()
         states.index_expires = False
         states.has_requirements = states.has_requirements or diff.requirements == "missing"
-        self.switched_tails = {path: (found, states.tails.get(path, b"")) for path, found in diff.compared.items()}
+        self.switched_fingerprints = {
+            path: (found, states.fingerprints.get(path, b"")) for path, found in diff.compared.items()
+        }
 
     def _write(
         self, stage: Stage, paths: list[bytes], rows: Snapshot, diff: CacheDiff, states: CacheStates, *,
@@ -264,7 +266,7 @@ class _Warm:
         for batch in _batches(rows.contents(paths, all_rows=len(paths) > diff.modules / 2)):
             entries = [_entry(*row, trusts_hash=trusts_hash) for row in batch]
             stage.write(((path, value, diff.compared[path]) for path, value in entries), in_place=in_place)
-            states.tails.update((path, value[-TAIL:]) for path, value in entries)
+            states.fingerprints.update((path, value[-TAIL:]) for path, value in entries)
             self.counts["bytes"] += sum(len(value) for _, value in entries)
             self.report(Progress("warm", stage.planned, len(diff.added) + len(diff.changed), "modules", STAGING))
             if renewal.passed:
@@ -276,15 +278,15 @@ class _Warm:
             logger.warning("the switch of %d entries will block Redis for about %.1fs", planned, seconds)
         self.report(Progress("warm", note=SWITCHING))
         switched = self.cache.switch(marker, planned, since)
-        self.left_alone = switched.left_alone
-        if self.left_alone:
-            named = ", ".join(repr(path.decode(errors="replace")) for path in self.left_alone[:NAMED_PATHS])
-            logger.info("%d entries were written by somebody else and left alone: %s", len(self.left_alone), named)
+        self.conflicts = switched.conflicts
+        if self.conflicts:
+            named = ", ".join(repr(path.decode(errors="replace")) for path in self.conflicts[:NAMED_PATHS])
+            logger.info("%d entries were written by somebody else and left alone: %s", len(self.conflicts), named)
         return switched
 
 
 def _entry(path: str, content: str, said: bytes | None, *, trusts_hash: bool) -> tuple[bytes, bytes]:
-    known = cache_diff.trusted(said) if trusts_hash else None
+    known = cache_diff.parse_sha256(said) if trusts_hash else None
     digest = known.decode() if known else hashlib.sha256(content.encode()).hexdigest()
     return path.encode(), module_cache.entry(path, content, digest)
 

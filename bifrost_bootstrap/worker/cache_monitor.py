@@ -17,7 +17,7 @@ from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.migrate import lock, schema_state as schemas
 from bifrost_bootstrap.migrate.tree import Tree
-from bifrost_bootstrap.progress import held_key
+from bifrost_bootstrap.progress import heartbeat_key
 from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.status import readiness
@@ -35,18 +35,18 @@ LOOKS = 2
 FULL_EVERY = 10
 #: Seconds between the two looks that must find the same difference; a live writer needs milliseconds from his
 #: commit to his entry.
-SECOND_LOOK = 2.0
+RECHECK_DELAY = 2.0
 #: The guard whose turn it is; any worker on this Redis.
-TURN = module_cache.OWN + b"guard"
+MONITOR_LEASE_KEY = module_cache.OWN + b"guard"
 #: In place of a task's id: every worker that holds a task vouches for this one too.
-ANY_TASK = "any"
+ANY_WORKER_BUSY = "any"
 
 
 #: Marker, index size and heads, as a cheap look sees them.
 Seen = tuple[Marker | None, int, tuple[str, ...]]
 
 
-class Guard:
+class CacheMonitor:
     """
     One worker's guard. The worker's timer calls `start_look`, which returns at once: looking would block its loop.
 
@@ -88,13 +88,13 @@ class Guard:
         """What differs for certain and may be mended, or None."""
         settings = self._settings
         # A schema that is not ours to serve is left to its init. Before the turn: it is not for who cannot use it.
-        state = schemas.look(settings.database, self._tree, settings)
+        state = schemas.read_schema_state(settings.database, self._tree, settings)
         if not state.ready:
             return None
         with redis_server.connect(settings.redis) as client:
             # A little shorter than the pause, or the next look would find the turn of the last.
             turn = max(1, round(900 * self.interval))
-            if not client.set(TURN, b"1", nx=True, px=turn):
+            if not client.set(MONITOR_LEASE_KEY, b"1", nx=True, px=turn):
                 return None
             cache = ModuleCache(client)
             found = self._suspicious(cache, state.database_heads)
@@ -107,13 +107,13 @@ class Guard:
                 return None
             self._known = None
             # It may take longer than a short turn, and two guards would send two tasks.
-            client.set(TURN, b"1", px=turn + round(1000 * (SECOND_LOOK + readiness.COMPARE_TIMEOUT)))
-            Deadline(SECOND_LOOK).sleep(SECOND_LOOK)
+            client.set(MONITOR_LEASE_KEY, b"1", px=turn + round(1000 * (RECHECK_DELAY + readiness.COMPARE_TIMEOUT)))
+            Deadline(RECHECK_DELAY).sleep(RECHECK_DELAY)
             again = self._compared(client)
-            client.set(TURN, b"1", px=turn)
-            diff = again.only(first.same_as(again))
+            client.set(MONITOR_LEASE_KEY, b"1", px=turn)
+            diff = first.confirmed_by(again)
             # Asked last: what began meanwhile counts too, and a look that finds nothing need not ask.
-            if diff.empty or self._busy(client.exists(held_key(ANY_TASK))):
+            if diff.empty or self._busy(client.exists(heartbeat_key(ANY_WORKER_BUSY))):
                 return None
         if diff.shrinks:
             logger.warning(
@@ -136,7 +136,7 @@ class Guard:
         marker, size = cache.marker(), cache.size()
         found = (marker, size, heads)
         self._looks += 1
-        warmed = marker is not None and marker.tells(size, heads)
+        warmed = marker is not None and marker.is_current_for(size, heads)
         return None if (warmed or found == self._known) and self._looks % self._full_every else found
 
     def _compared(self, client: Any) -> CacheDiff:

@@ -30,11 +30,11 @@ from bifrost_bootstrap.celery import WARM, add_queue, app
 from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.migrate import tree_loading
 from bifrost_bootstrap.migrate.tree import QUEUE, Tree
-from bifrost_bootstrap.progress import BEAT, HELD_TTL, MESSAGE_TTL, held_key
+from bifrost_bootstrap.progress import BEAT, HEARTBEAT_TTL, MESSAGE_TTL, heartbeat_key
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.servers import redis_server
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.worker.cache_monitor import ANY_TASK, Guard
+from bifrost_bootstrap.worker.cache_monitor import ANY_WORKER_BUSY, CacheMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ _connected = threading.Event()
 
 
 @functools.cache
-def show_life(health_file: Path | None) -> None:
+def start_health_file(health_file: Path | None) -> None:
     """
     From now on touch the file, if there is one, while there is no connection to the broker; else the loop touches it.
 
@@ -171,7 +171,7 @@ class Heartbeat(Timed):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self.settings: Settings = environment.load(needs=("redis",))
-        show_life(self.settings.worker_health_file)  # also under the stock command
+        start_health_file(self.settings.worker_health_file)  # also under the stock command
 
     def start(self, worker: Any) -> None:
         self.timer = worker.timer.call_repeatedly(BEAT, self.beat)
@@ -184,19 +184,19 @@ class Heartbeat(Timed):
             return
         try:
             with redis_server.connect(self.settings.redis, answer_timeout=BEAT_TIMEOUT) as client:
-                _vouch(client, {*held, ANY_TASK})
+                _send_heartbeats(client, {*held, ANY_WORKER_BUSY})
         except BootstrapError as error:
             logger.debug("heartbeat: %s", error)
 
 
-def _vouch(client: redis.Redis, task_ids: set[str]) -> None:
+def _send_heartbeats(client: redis.Redis, task_ids: set[str]) -> None:
     with client.pipeline(transaction=False) as pipeline:
         for task_id in task_ids:
-            pipeline.set(held_key(task_id), b"1", ex=HELD_TTL)
+            pipeline.set(heartbeat_key(task_id), b"1", ex=HEARTBEAT_TTL)
         pipeline.execute()
 
 
-class GuardStep(Timed):
+class CacheMonitorStep(Timed):
     """Has the guard look at the module cache now and then; not in the worker of one run, which ends with it."""
 
     def __init__(self, worker: Any, **options: Any) -> None:
@@ -214,11 +214,11 @@ class GuardStep(Timed):
             except (OperationalError, *app.connection_for_write().connection_errors) as error:
                 logger.warning("guard: the warm could not be enqueued: %s", masked(str(error)))
 
-        guard = Guard(self.settings, tree, rewarm)
+        guard = CacheMonitor(self.settings, tree, rewarm)
         self.timer = worker.timer.call_repeatedly(guard.interval, guard.start_look)
 
 
-app.steps["worker"].update({Heartbeat, GuardStep})
+app.steps["worker"].update({Heartbeat, CacheMonitorStep})
 app.steps["consumer"].add(Connected)
 
 
@@ -227,7 +227,7 @@ def run(settings: Settings) -> int:
     # Celery warns root because of pickled messages; ours are JSON, and any other is refused.
     warnings.simplefilter("ignore", SecurityWarning)
     if settings.run_queue:
-        _end_with_stdin()
+        _exit_when_parent_exits()
     # The node name tells replicas on one host apart; mingle and gossip would cost a second and serve nothing.
     name = f"bootstrap-{os.getpid()}@%h"
     options = ["--hostname", name, "--without-mingle", "--without-gossip", "--loglevel", settings.log_level]
@@ -236,7 +236,7 @@ def run(settings: Settings) -> int:
     return int(celery_command.main(args=arguments, prog_name="celery", standalone_mode=False) or 0)
 
 
-def _end_with_stdin() -> None:
+def _exit_when_parent_exits() -> None:
     """The worker of one init ends when that init does, however it ends: their pipe closes."""
 
     def wait() -> None:

@@ -43,7 +43,7 @@ class BootstrapTask(Task):  # type: ignore[misc]
         headers = self.request.headers or {}
         try:
             settings = environment.load(needs=("database", "redis"))
-            deadline = _deadline(settings, headers.get(progress.WANTED_HEADER), self.request.id)
+            deadline = _deadline(settings, headers.get(progress.CHAIN_HEADER), self.request.id)
             with _publishing(settings, self.request.id) as report:
                 yield settings, deadline, report
         except BootstrapError as error:
@@ -79,7 +79,7 @@ def _deadline(settings: Settings, chain: str | None, task_id: str) -> Deadline:
     if not chain:
         return Deadline(settings.init_timeout)
     with redis_server.connect(settings.redis) as client:
-        seconds = client.get(progress.wanted_key(chain))
+        seconds = client.get(progress.waiting_init_key(chain))
     if seconds is None and chain == task_id:
         raise UnwantedError(chain)
     return Deadline(settings.init_timeout if seconds is None else float(seconds))
@@ -107,7 +107,7 @@ def _publishing(settings: Settings, task_id: str) -> Iterator[progress.Report]:
                 with redis_server.connect(settings.redis, answer_timeout=PROGRESS_TIMEOUT) as client:
                     if latest and latest != written:
                         client.set(progress.progress_key(task_id), json.dumps(latest.to_dict()), ex=PROGRESS_TTL)
-                    client.set(progress.held_key(task_id), b"1", ex=progress.HELD_TTL)
+                    client.set(progress.heartbeat_key(task_id), b"1", ex=progress.HEARTBEAT_TTL)
                 written, beat = latest, Deadline(progress.BEAT)
             except BootstrapError as error:
                 logger.debug("progress was not written: %s", error)

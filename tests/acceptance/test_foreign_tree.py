@@ -14,7 +14,7 @@ from tests.servers import Database
 REVISIONS = ["4f1c0a9d27b3", "8b26e5f3d014", "c93d71ae6f58"]
 
 
-@pytest.mark.parametrize("driver", ["postgresql", "postgresql+asyncpg"])
+@pytest.mark.parametrize("driver", [pytest.param("postgresql", marks=pytest.mark.faults), "postgresql+asyncpg"])
 def test_foreign_tree_with_a_standing_worker(
     driver: str,
     foreign_tree: Path,

@@ -45,7 +45,7 @@ LESS_PATIENT = """
 import sys
 from bifrost_bootstrap.cli import commands as cli
 from bifrost_bootstrap.init import observer
-observer.REFUSAL_PATIENCE = 2.0
+observer.REJECTION_TIMEOUT = 2.0
 sys.exit(cli.run(["init", "--timeout", "3m"]))
 """
 

@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import pytest
 
-from bifrost_bootstrap.progress import held_key
+from bifrost_bootstrap.progress import heartbeat_key
 from tests.faults.stack import COMPLETE, LESS_PATIENT, PHASE_TIMEOUT, PREFIX, REVISIONS, Deployment
 from tests.servers import Command
 from tests.servers.process import wait_until
@@ -44,10 +44,10 @@ API_TTL = 24 * 3600
 
 def test_i03_flushed_between_the_end_and_the_look(deployment: Deployment) -> None:
     """Both tasks have succeeded, then Redis is flushed before init looks: it does not believe the result."""
-    deployment.hold("result")
+    deployment.hold("warming")  # later, init may have seen the complete cache already
     worker = deployment.start_worker()
     init = deployment.start_init()
-    deployment.wait_reached("result")
+    deployment.wait_reached("warming")
     init.pause()
     deployment.release()
     worker.wait_for(r"warm_module_cache\[\S+\] succeeded")
@@ -61,10 +61,10 @@ def test_i03_flushed_between_the_end_and_the_look(deployment: Deployment) -> Non
 
 def test_i03_cache_lost_after_the_result(deployment: Deployment) -> None:
     """Both results are there and say success, but an entry is gone: init has it warmed again."""
-    deployment.hold("result")
+    deployment.hold("warming")  # later, init may have seen the complete cache already
     worker = deployment.start_worker()
     init = deployment.start_init()
-    deployment.wait_reached("result")
+    deployment.wait_reached("warming")
     init.pause()
     deployment.release()
     worker.wait_for(r"warm_module_cache\[\S+\] succeeded")
@@ -99,7 +99,7 @@ def test_i03_worker_killed_while_it_held_the_chain(deployment: Deployment) -> No
     deployment.wait_reached("warming")
     second = deployment.start_init()
     worker.wait_for(r"(?s)migrate\[\S+\] received.*migrate\[\S+\] received")
-    held = held_key(re.findall(r"migrate\[(\S+)\] received", worker.stderr.read_text())[1])
+    held = heartbeat_key(re.findall(r"migrate\[(\S+)\] received", worker.stderr.read_text())[1])
     with deployment.stack.redis.client() as client:
         # It outlives the worker long enough for init to see it.
         wait_until(lambda: client.exists(held) == 1, "the worker vouches for what it holds", PHASE_TIMEOUT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import kombu
 import pytest
 
-from bifrost_bootstrap.init.chain import WANTED_TTL
+from bifrost_bootstrap.init.chain import WAITING_INIT_TTL
 from bifrost_bootstrap.progress import MESSAGE_TTL
 from tests.faults.stack import CLEAN_TIMEOUT, Deployment
 from tests.servers.process import wait_until
@@ -29,7 +29,7 @@ def test_i05_what_ends_a_chain_is_on_it_from_the_start(deployment: Deployment) -
     assert message.properties["expiration"] == str(int(1000 * MESSAGE_TTL))
     (key, left), *others = wanted(deployment).items()
     assert key.decode().endswith(message.properties["application_headers"]["id"])
-    assert 0 < left <= 1000 * WANTED_TTL
+    assert 0 < left <= 1000 * WAITING_INIT_TTL
     assert not others
     with deployment.stack.redis.client() as client:
         client.delete(key)
@@ -66,7 +66,7 @@ def test_i05_held_by_a_busy_worker(deployment: Deployment) -> None:
     # Nobody renews it any more; what Redis does with it in 30 s is done at once.
     renewed = next(key for key, left in wanted(deployment).items() if key not in first_wanted)
     with deployment.stack.redis.client() as client:
-        assert 0 < client.pttl(renewed) <= 1000 * WANTED_TTL
+        assert 0 < client.pttl(renewed) <= 1000 * WAITING_INIT_TTL
         client.delete(renewed)
     deployment.release()
     assert first.wait().returncode == 0

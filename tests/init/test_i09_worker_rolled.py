@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 
 from bifrost_bootstrap.init.decision import SILENCE
-from bifrost_bootstrap.progress import BEAT, HELD_TTL, held_key
-from bifrost_bootstrap.worker.cache_monitor import ANY_TASK
+from bifrost_bootstrap.progress import BEAT, HEARTBEAT_TTL, heartbeat_key
+from bifrost_bootstrap.worker.cache_monitor import ANY_WORKER_BUSY
 from tests.faults.stack import COMPLETE, PHASE_TIMEOUT, REVISIONS, Deployment
 from tests.servers.process import wait_until
 
@@ -17,7 +17,7 @@ CANCELLED_WITHIN = 10.0
 def wait_for_renewals(deployment: Deployment) -> None:
     """Wait until the running task has vouched for itself for longer than init would bear silence."""
     with deployment.stack.redis.client() as client:
-        keys = [key for key in client.scan_iter(match="bifrost:bootstrap:held:*") if key != held_key(ANY_TASK)]
+        keys = list(set(client.scan_iter(match="bifrost:bootstrap:held:*")) - {heartbeat_key(ANY_WORKER_BUSY)})
         assert len(keys) == 1
         left, renewals = 0, 0
 
@@ -25,7 +25,7 @@ def wait_for_renewals(deployment: Deployment) -> None:
             nonlocal left, renewals
             before, left = left, int(client.pttl(keys[0]))
             renewals += left > before
-            return BEAT * renewals > HELD_TTL + SILENCE
+            return BEAT * renewals > HEARTBEAT_TTL + SILENCE
 
         wait_until(enough, "the task to vouch for itself, time and again", PHASE_TIMEOUT)
 

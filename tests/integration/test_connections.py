@@ -166,7 +166,7 @@ def test_redis_says_no(redis_url: str) -> None:
 )
 def test_redis_in_words(url: str, text: str) -> None:
     """A Redis is named by its address, never by its login."""
-    assert redis_server.described(url) == text
+    assert redis_server.display_name(url) == text
 
 
 def test_redis_by_the_names_of_valkey(redis_url: str) -> None:

@@ -46,8 +46,8 @@ def test_m02_looks_on_the_locks_connection_leave_no_snapshot(database: Database)
 
     with lock.hold(url, Deadline(10), lambda _what: None) as held:
         assert snapshot() is None
-        with held.look() as connection:
-            BlockerWatch(url).look(connection)
+        with held.borrowed_connection() as connection:
+            BlockerWatch(url).read_blockers(connection)
             assert snapshot() is not None  # the control
         assert snapshot() is None
         assert held.end_runners() == []

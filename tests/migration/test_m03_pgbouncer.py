@@ -239,7 +239,7 @@ def test_m03_lock_of_a_killed_holder_is_released(
     assert (recorded(database), applied(database)) == (["two"], {"one": 1, "two": 1})
 
 
-@pytest.mark.parametrize("patience", ["60", "5"])
+@pytest.mark.parametrize("patience", [pytest.param("60", marks=pytest.mark.faults), "5"])
 def test_m03_pool_of_one_is_named(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool, patience: str
 ) -> None:

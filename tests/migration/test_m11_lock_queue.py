@@ -101,7 +101,7 @@ def test_m11_concurrent_build_has_no_lock_timeout(database: Database, tree: Tree
     assert "trying again" not in done.log
 
 
-@pytest.mark.parametrize("pool_size", [0, 2], ids=["direct", "pool of two"])
+@pytest.mark.parametrize("pool_size", [0, pytest.param(2, marks=pytest.mark.faults)], ids=["direct", "pool of two"])
 def test_m11_deadline_ends_a_build_that_waits(
     request: pytest.FixtureRequest, database: Database, tree: Tree, start_migrate: StartMigrate, pool_size: int
 ) -> None:

@@ -49,7 +49,7 @@ def test_m17_never_promoted(pair: tuple[Database, StandbyServer], tree: Tree, st
     assert "mend" not in done.facts["remedy"]
 
 
-@pytest.mark.parametrize("form", ["libpq", "SQLAlchemy", "keywords"])
+@pytest.mark.parametrize("form", ["libpq", "SQLAlchemy", pytest.param("keywords", marks=pytest.mark.faults)])
 def test_m17_standby_takes_over(
     pair: tuple[Database, StandbyServer], tree: Tree, start_migrate: StartMigrate, form: str
 ) -> None:

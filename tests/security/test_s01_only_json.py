@@ -134,7 +134,7 @@ def test_s01_init_meets_a_result_that_is_not_json(
     assert deployment.cache() == COMPLETE
 
 
-@pytest.mark.parametrize("kind", ["pickle", "yaml", "class of another module"])
+@pytest.mark.parametrize("kind", ["pickle", pytest.param("yaml", marks=pytest.mark.faults), "class of another module"])
 def test_s01_celery_result_of_something_that_is_not_ours(
     deployment: Deployment, kind: str, bomb: bytes, exploded: Path
 ) -> None:

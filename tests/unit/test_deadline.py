@@ -8,7 +8,7 @@ import time
 import pytest
 
 from bifrost_bootstrap import deadline as module
-from bifrost_bootstrap.deadline import Deadline, Overrun
+from bifrost_bootstrap.deadline import Deadline, DeadlineExceeded
 
 
 class Clock:
@@ -86,7 +86,7 @@ def test_pause_ends_at_the_deadline(clock: Clock) -> None:
 def test_enforced_ends_what_does_not_return() -> None:
     """A block that waits without an end is left soon after the deadline, and the handler of before is back."""
     before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(Overrun), Deadline(0.1).enforced(0.1):
+    with pytest.raises(DeadlineExceeded), Deadline(0.1).interrupt_after(0.1):
         time.sleep(60)
     assert signal.getsignal(signal.SIGALRM) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

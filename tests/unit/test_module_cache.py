@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, WarmError
 from bifrost_bootstrap.servers import redis_server
 from bifrost_bootstrap.warm.cache import TAIL, Marker, _rights_named, entry, tail
-from bifrost_bootstrap.warm.diff import CacheDiff, trusted
+from bifrost_bootstrap.warm.diff import CacheDiff, parse_sha256
 from bifrost_bootstrap.warm.step import BATCH_SIZE, ENTRY_BYTES, _batches
 
 HASH = "0123456789abcdef" * 4
@@ -52,7 +52,7 @@ def test_tail_of_an_entry_of_the_platform(written: object) -> None:
 )
 def test_what_is_a_hash(content_hash: str | None, wanted: str | None) -> None:
     """64 hex digits, in small letters; anything else is none."""
-    found = trusted(None if content_hash is None else content_hash.encode())
+    found = parse_sha256(None if content_hash is None else content_hash.encode())
     assert (found.decode() if found else None) == wanted
 
 
@@ -86,7 +86,7 @@ def test_difference_seen_twice() -> None:
     """What differs in both looks in the same way remains, under its kind; the totals are those of the later look."""
     first = CacheDiff(added=[b"a"], changed=[b"c"], compared={b"a": b"", b"c": b"old"}, modules=1)
     later = CacheDiff(added=[b"a", b"b"], changed=[b"c"], compared={b"a": b"", b"b": b"", b"c": b"new"}, modules=2)
-    both = later.only(first.same_as(later))
+    both = first.confirmed_by(later)
     assert (both.added, both.changed, both.compared, both.modules) == ([b"a"], [], {b"a": b""}, 2)
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError, InternalError, SettingsError, UnavailableError
-from bifrost_bootstrap.init.worker_process import MOST_STARTS, OwnWorker
+from bifrost_bootstrap.init.worker_process import MOST_STARTS, WorkerProcess
 
 
-def start_for_ever(worker: OwnWorker) -> None:
+def start_for_ever(worker: WorkerProcess) -> None:
     """As an init does; what nobody ends."""
     while True:
         worker.ensure_running()
@@ -36,7 +36,7 @@ def test_worker_that_cannot_start(
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setenv("BIFROST_INIT_TIMEOUT_FILE", "/absent")
-    with OwnWorker("queue", Deadline(99.9)) as worker, pytest.raises(kind) as raised:
+    with WorkerProcess("queue", Deadline(99.9)) as worker, pytest.raises(kind) as raised:
         start_for_ever(worker)
     assert str(abs(code)) in str(raised.value)
     assert len(told.read_text().splitlines()) == starts

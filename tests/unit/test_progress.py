@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bifrost_bootstrap.progress import Progress, held_key, progress_key
+from bifrost_bootstrap.progress import Progress, heartbeat_key, progress_key
 
 
 def test_progress_crosses_json() -> None:
@@ -15,7 +15,7 @@ def test_progress_crosses_json() -> None:
 
 def test_keys_are_ours_and_differ() -> None:
     """Both keys of a task are below our own prefix, and apart from each other and from those of another task."""
-    keys = {progress_key("a"), held_key("a"), progress_key("b"), held_key("b")}
+    keys = {progress_key("a"), heartbeat_key("a"), progress_key("b"), heartbeat_key("b")}
     assert len(keys) == 4
     assert all(key.startswith(b"bifrost:bootstrap:") for key in keys)
 

@@ -281,7 +281,7 @@ def test_how_to_tell_is_known_whatever_is_wrong(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(environment, "KUBERNETES_TERMINATION_LOG", tmp_path / "termination-log")
     file = tmp_path / "format"
     file.write_text("json\n")
-    telling = environment.load_telling(
+    telling = environment.load_output_settings(
         {
             "BIFROST_DATABASE_URL": "mysql://h/d",
             "BIFROST_LOG_FORMAT_FILE": str(file),
@@ -290,9 +290,9 @@ def test_how_to_tell_is_known_whatever_is_wrong(monkeypatch: pytest.MonkeyPatch,
         }
     )
     assert (telling.log_format, telling.log_level, telling.termination_log) == ("json", "INFO", Path("/last/words"))
-    assert environment.load_telling({}).termination_log is None
+    assert environment.load_output_settings({}).termination_log is None
     (tmp_path / "termination-log").touch()
-    assert environment.load_telling({}).termination_log == tmp_path / "termination-log"
+    assert environment.load_output_settings({}).termination_log == tmp_path / "termination-log"
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

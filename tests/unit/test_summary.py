@@ -8,7 +8,7 @@ from bifrost_bootstrap.init.loop import InitReport
 from bifrost_bootstrap.migrate.schema_state import SchemaState
 from bifrost_bootstrap.migrate.tree import Revision
 from bifrost_bootstrap.servers.waiting import Waited
-from bifrost_bootstrap.status.diagnostics import Surroundings
+from bifrost_bootstrap.status.diagnostics import Diagnostics
 from bifrost_bootstrap.status.plan import Plan
 from bifrost_bootstrap.status.readiness import Readiness
 from bifrost_bootstrap.warm.diff import CacheDiff
@@ -16,7 +16,7 @@ from bifrost_bootstrap.warm.diff import CacheDiff
 AT_HEAD = SchemaState("at_head", ("0002",), ("0002",), ready=True)
 BEHIND = SchemaState("behind", ("0002",), ("0001",), (Revision("0002", "Index the modules"),))
 READY = Readiness(AT_HEAD, CacheDiff(), None, 1200)
-NOTHING = Surroundings()
+NOTHING = Diagnostics()
 
 
 def test_nothing_to_do_is_one_line() -> None:
@@ -54,7 +54,7 @@ def test_summary_of_an_init() -> None:
 
 def test_check_of_a_ready_deployment() -> None:
     """Ready: the headline says so, and each part where it stands."""
-    around = Surroundings("no memory limit, policy noeviction", {}, "1 bootstrap worker on q")
+    around = Diagnostics("no memory limit, policy noeviction", {}, "1 bootstrap worker on q")
     assert str(summary.of_check(READY, around)).splitlines() == [
         "ready",
         "  schema  at head: database 0002, tree 0002",
@@ -70,7 +70,7 @@ def test_check_names_what_is_missing() -> None:
     diff = CacheDiff(
         added=[b"%d.py" % number for number in range(12)], removed=[b"a\nb.py"], odd=[("index", "collides")]
     )
-    text = str(summary.of_check(Readiness(AT_HEAD, diff, None, 1), Surroundings("", {"broken": "REINDEX broken"})))
+    text = str(summary.of_check(Readiness(AT_HEAD, diff, None, 1), Diagnostics("", {"broken": "REINDEX broken"})))
     assert text.startswith("not ready: module cache differs: 12 added, 1 removed\n")
     assert "cache   1 modules indexed; 12 added, 1 removed" in text
     assert text.count("added '") == 10

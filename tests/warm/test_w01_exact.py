@@ -139,14 +139,14 @@ def test_w01_full_trusts_no_hash(deployment: Deployment) -> None:
 
 def test_w01_whatever_lies_in_the_cache_is_put_right(deployment: Deployment) -> None:
     """Entries of another type, broken ones, none at all, and indexed paths that are not even text."""
-    deployment.put({name: f"# {name}" for name in ("hash", "broken", "short", "none", "loose", "loose_old")})
+    deployment.put({name: f"# {name}" for name in ("hash", "broken", "short", "none", "unindexed", "loose_old")})
     client = deployment.client
     client.hset((ENTRY + b"hash").decode(), "content", "x")
     client.set(ENTRY + b"broken", b"\xff" * 100)
     client.set(ENTRY + b"short", b"{}")
     client.set(ENTRY + b"loose_old", b'{"content":"","path":"loose_old","hash":"' + sha256("").encode() + b'"}')
-    deployment.api_set("loose", "# loose")
-    client.srem(INDEX, "loose")
+    deployment.api_set("unindexed", "# unindexed")
+    client.srem(INDEX, "unindexed")
     client.sadd(INDEX, "hash", "broken", "short", "none", "ghost", b"\xff\xfe", b"", b"\0")
     deployment.warm()
     deployment.assert_exact()

@@ -180,7 +180,7 @@ def test_w04_time_to_live_alone_is_settled_at_once(deployment: Deployment) -> No
 
 def test_w04_writer_that_never_rests(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every pass finds another change the warm ends all the same, and says that it did not settle."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.step.MOST_PASSES", 3)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.MAX_PASSES", 3)
     deployment.put({PATH: "version = 0"})
     number = 0
 
@@ -201,7 +201,7 @@ def test_w04_another_warm_in_the_way_is_named(deployment: Deployment, monkeypatc
     """A last pass that found no difference, but a switch of another warm, says that and not "no difference"."""
     deployment.put({PATH: "version = 1"})
     deployment.warm()
-    monkeypatch.setattr("bifrost_bootstrap.warm.step.MOST_PASSES", 1)
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.MAX_PASSES", 1)
     with pytest.raises(UnsettledError, match="last: another warm has switched meanwhile"):
         deployment.warm(at(SWITCHING, lambda: deployment.client.set(MARKER, "of another")))
 
@@ -277,7 +277,7 @@ def test_w04_writers_under_load(deploy: NewDeployment, deployment: Deployment, m
                     continue
                 with monkeypatch.context() as patched, contextlib.suppress(UnsettledError):
                     # Under such a load a warm need not settle.
-                    patched.setattr("bifrost_bootstrap.warm.step.MOST_PASSES", 3)
+                    patched.setattr("bifrost_bootstrap.warm.step.MAX_PASSES", 3)
                     deployment.warm()
         finally:
             stop.set()

@@ -136,7 +136,9 @@ def test_w05_switch_blocks_redis_no_longer_than_its_work_takes(
     assert calls(deployment)["rename"] == 1, "a first fill is written where it belongs, before its switch"
     client.config_resetstat()
     deployment.warm()
-    assert calls(deployment)["eval"] > 10, "the tails are read in slices, each too short to be felt, then the switch"
+    assert calls(deployment)["eval"] > 10, (
+        "the fingerprints are read in slices, each too short to be felt, then the switch"
+    )
 
     def longest(work: Callable[[], object]) -> int:
         """Microseconds of the longest script."""

@@ -20,12 +20,12 @@ from kombu.asynchronous.timer import Timer
 from bifrost_bootstrap.celery import WARM
 from bifrost_bootstrap.errors import UnavailableError
 from bifrost_bootstrap.migrate import lock, tree_loading
-from bifrost_bootstrap.progress import held_key
+from bifrost_bootstrap.progress import heartbeat_key
 from bifrost_bootstrap.warm import diff as cache_diff
 from bifrost_bootstrap.warm.cache import MARKER
 from bifrost_bootstrap.warm.diff import CacheDiff, Comparison
 from bifrost_bootstrap.worker import cache_monitor as guards
-from bifrost_bootstrap.worker.cache_monitor import FULL_EVERY, TURN, Guard
+from bifrost_bootstrap.worker.cache_monitor import FULL_EVERY, MONITOR_LEASE_KEY, CacheMonitor
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
 from tests.servers.process import wait_until
 from tests.warm.conftest import NewDeployment
@@ -43,7 +43,7 @@ class Watch:
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.sent = 0
-        self.guard = Guard(deployment.settings, tree_loading.load(deployment.settings), self._send)
+        self.guard = CacheMonitor(deployment.settings, tree_loading.load(deployment.settings), self._send)
 
     def _send(self) -> None:
         self.sent += 1
@@ -52,7 +52,7 @@ class Watch:
         """Look so often, each time in a turn of its own; how often the task was sent."""
         before = self.sent
         for _ in range(times):
-            self.deployment.client.delete(TURN)
+            self.deployment.client.delete(MONITOR_LEASE_KEY)
             self.guard.look()
         return self.sent - before
 
@@ -60,7 +60,7 @@ class Watch:
 @pytest.fixture
 def watch(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> Watch:
     """A guard over a warm cache of ten modules."""
-    monkeypatch.setattr(guards, "SECOND_LOOK", 0.01)
+    monkeypatch.setattr(guards, "RECHECK_DELAY", 0.01)
     deployment.put(MODULES)
     deployment.warm()
     return Watch(deployment)
@@ -169,9 +169,9 @@ def test_w09_silent_while_somebody_works(watch: Watch) -> None:
     """While a worker holds a task, or a migration holds its lock, nothing is sent; afterwards it is."""
     deployment = watch.deployment
     deployment.client.flushdb()
-    deployment.client.set(held_key(guards.ANY_TASK), "1")
+    deployment.client.set(heartbeat_key(guards.ANY_WORKER_BUSY), "1")
     assert watch.look() == 0
-    deployment.client.delete(held_key(guards.ANY_TASK))
+    deployment.client.delete(heartbeat_key(guards.ANY_WORKER_BUSY))
     with psycopg.connect(deployment.database.url) as runner:
         runner.execute("SELECT pg_advisory_xact_lock(%s, %s)", (lock.LOCK_CLASS, lock.MIGRATION))
         assert watch.look() == 0
@@ -193,7 +193,7 @@ def test_w09_one_guard_at_a_time(watch: Watch) -> None:
     watch.guard.look()
     other.guard.look()
     assert (watch.sent, other.sent) == (1, 0)
-    assert 0 < client.pttl(TURN) <= 1000 * watch.guard.interval
+    assert 0 < client.pttl(MONITOR_LEASE_KEY) <= 1000 * watch.guard.interval
 
 
 def test_w09_turn_is_left_to_who_can_use_it(watch: Watch, deploy: NewDeployment) -> None:
@@ -215,7 +215,7 @@ def test_w09_never_past_the_brake(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where most of the cache would go nothing is sent, and the log says what would."""
-    monkeypatch.setattr(guards, "SECOND_LOOK", 0.01)
+    monkeypatch.setattr(guards, "RECHECK_DELAY", 0.01)
     deployment.put({f"{n}.py": "" for n in range(30)})
     deployment.warm()
     deployment.database.execute("DELETE FROM workspace_files")
@@ -247,10 +247,10 @@ def test_w09_looks_one_after_the_other(watch: Watch) -> None:
         sending.set()
         go_on.wait(PATIENCE)
 
-    guard = Guard(deployment.settings, tree_loading.load(deployment.settings), send)
+    guard = CacheMonitor(deployment.settings, tree_loading.load(deployment.settings), send)
     guard.start_look()
     assert sending.wait(PATIENCE)
-    deployment.client.delete(TURN)
+    deployment.client.delete(MONITOR_LEASE_KEY)
     guard.start_look()
     looking = [thread for thread in threading.enumerate() if thread.name == "guard"]
     go_on.set()
@@ -267,7 +267,7 @@ def test_w09_a_bug_ends_a_look_only(watch: Watch, caplog: pytest.LogCaptureFixtu
         raise RuntimeError("a bug")
 
     watch.deployment.client.flushdb()
-    guard = Guard(watch.deployment.settings, tree_loading.load(watch.deployment.settings), send)
+    guard = CacheMonitor(watch.deployment.settings, tree_loading.load(watch.deployment.settings), send)
     guard.look()
     assert "guard: unexpected error" in caplog.text
 
@@ -281,11 +281,11 @@ def test_w09_whose_worker_has_a_guard(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, enabled: bool
 ) -> None:
     """A standing worker has one unless the interval is 0; the worker of one init has none."""
-    from bifrost_bootstrap.worker.program import GuardStep
+    from bifrost_bootstrap.worker.program import CacheMonitorStep
 
     set_urls(monkeypatch)
     monkeypatch.setenv(variable, value)
-    assert GuardStep(None).include_if(None) is enabled
+    assert CacheMonitorStep(None).include_if(None) is enabled
 
 
 def set_urls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,13 +297,13 @@ def set_urls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's own timer has the guard look as often as the guard says, for as long as the worker lives."""
-    from bifrost_bootstrap.worker.program import GuardStep
+    from bifrost_bootstrap.worker.program import CacheMonitorStep
 
     set_urls(monkeypatch)
     monkeypatch.setenv("BIFROST_CACHE_GUARD_INTERVAL", "600s")
     looked: list[float] = []
-    monkeypatch.setattr(Guard, "start_look", lambda guard: looked.append(guard.interval))
-    timer, step, now = Timer(), GuardStep(None), time.monotonic()
+    monkeypatch.setattr(CacheMonitor, "start_look", lambda guard: looked.append(guard.interval))
+    timer, step, now = Timer(), CacheMonitorStep(None), time.monotonic()
     step.start(SimpleNamespace(timer=timer))
     ((eta, _, entry),) = timer.queue
     assert 300 <= eta - now < 300 + PATIENCE
@@ -316,7 +316,7 @@ def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch
 def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     """A server that cannot be reached ends a look, not the guard."""
     settings = watch.deployment.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
-    guard = Guard(settings, tree_loading.load(settings), lambda: pytest.fail("sent without having looked"))
+    guard = CacheMonitor(settings, tree_loading.load(settings), lambda: pytest.fail("sent without having looked"))
     caplog.set_level("INFO")
     guard.look()
     assert "guard: Redis 127.0.0.1:1/0" in caplog.text
@@ -352,11 +352,15 @@ def test_w09_standing_worker_mends_a_flush(
         writer.execute("LOCK TABLE workspace_files")
         call = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "call", WARM]
         assert run_command(call, env=environment).returncode == 0
-        wait_until(lambda: bool(client.exists(held_key(guards.ANY_TASK))), "the worker to say that it works", PATIENCE)
+        wait_until(
+            lambda: bool(client.exists(heartbeat_key(guards.ANY_WORKER_BUSY))),
+            "the worker to say that it works",
+            PATIENCE,
+        )
         client.flushdb()
     for _ in range(2):
         wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)
-        wait_until(lambda: not client.exists(held_key(guards.ANY_TASK)), "the task to be let go", PATIENCE)
+        wait_until(lambda: not client.exists(heartbeat_key(guards.ANY_WORKER_BUSY)), "the task to be let go", PATIENCE)
         deployment.assert_exact()
         client.flushdb()
     wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)

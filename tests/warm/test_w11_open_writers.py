@@ -105,7 +105,7 @@ def test_w11_last_look_of_init(stale: Deployment) -> None:
         connection.autocommit = False
         connection.execute(UPSERT, (PATH, "version = 2", sha256("version = 2")))
         timer = commit_later(connection)
-        found = readiness.look(settings, tree_loading.load(settings), compare=30, await_open=True)
+        found = readiness.read_readiness(settings, tree_loading.load(settings), compare=30, await_open=True)
         timer.join()
     assert found.diff is not None
     assert found.diff.changed == [PATH.encode()]

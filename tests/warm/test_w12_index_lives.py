@@ -30,7 +30,7 @@ def test_w12_seen(deployment: Deployment) -> None:
     deployment.put({"a.py": "x"})
     deployment.warm()
     deployment.client.expire(INDEX, API_TTL)
-    found = readiness.look(deployment.settings, tree_loading.load(deployment.settings), compare=30)
+    found = readiness.read_readiness(deployment.settings, tree_loading.load(deployment.settings), compare=30)
     assert found.ready
     assert not found.nothing_to_do
     assert found.diff is not None

@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from bifrost_bootstrap.warm.step import MOST_PASSES, SWITCHING
+from bifrost_bootstrap.warm.step import MAX_PASSES, SWITCHING
 from tests.warm.conftest import NewDeployment
 from tests.warm.deployment import Deployment, at
 
@@ -56,7 +56,7 @@ def test_w13_writers_without_pause(deploy: NewDeployment, deployment: Deployment
     deployment.put({f"{number}.py": "version = 0" for number in range(MODULES)})
     with writers(deploy, deployment, set_first=set_first):
         result = deployment.warm()
-    assert result.passes < MOST_PASSES
+    assert result.passes < MAX_PASSES
     deployment.assert_exact()
 
 

@@ -72,9 +72,11 @@ def test_w15_init_has_something_to_do(deployment: Deployment) -> None:
     """A missing entry keeps nobody from starting, and an init makes it."""
     deployment.warm()
     put(deployment, TEXT)
-    found = readiness.look(deployment.settings, tree_loading.load(deployment.settings), compare=30)
+    found = readiness.read_readiness(deployment.settings, tree_loading.load(deployment.settings), compare=30)
     assert found.ready
     assert not found.nothing_to_do
     assert found.to_dict()["module_cache"]["requirements"] == "missing"
     deployment.warm()
-    assert readiness.look(deployment.settings, tree_loading.load(deployment.settings), compare=30).nothing_to_do
+    assert readiness.read_readiness(
+        deployment.settings, tree_loading.load(deployment.settings), compare=30
+    ).nothing_to_do
