@@ -37,8 +37,12 @@ check: venv ## format, lint, types, import contracts, lock files, known vulnerab
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-logo
 	$(PYTHON) tools/check-locks
+	$(PYTHON) tools/check-words
 	$(PYTHON) tools/audit
 	$(PYTHON) tools/write-docs --check
+	.venv/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema -q --builtin-schema vendor.dependabot .github/dependabot.yml
+	.venv/bin/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(PYTHON) -m pytest -q tests/kube/test_manifests.py tests/compose/test_files.py
 	$(PYTHON) tools/count-lines
 
@@ -97,6 +101,10 @@ race: venv ## the tests that race processes against each other (RACES=20 times),
 .PHONY: docs
 docs: venv ## write anew what the docs repeat of the code
 	$(PYTHON) tools/write-docs
+
+.PHONY: site
+site: venv ## build the documents as a site with a search, in build/site (SERVE=1: show it meanwhile)
+	@tools/site $(if $(SERVE),serve,build)
 
 .PHONY: screenshot
 screenshot: venv ## docs/flower.png anew: the task list after an init, in a browser

@@ -118,7 +118,7 @@ def _publish_to_nobody(connection: Any) -> None:
     """
     Publish a message that no queue gets: a broker with an alarm says so only to who has published.
 
-    It takes the first message of each connection and answers nothing after that, so whoever goes on trying fills the
+    It takes the first message of each connection and answers nothing after that, so a client that goes on fills the
     queue. Where it has an alarm, the next wait for an answer on this connection raises RuntimeError at once.
     """
 

@@ -50,10 +50,10 @@ class Deadline:
         For what nobody thought of: a call into a library that waits without an end. Main thread only.
         """
 
-        def overrun(_number: int, _frame: FrameType | None) -> NoReturn:
+        def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
             raise DeadlineExceeded
 
-        previous = signal.signal(signal.SIGALRM, overrun)
+        previous = signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, self.remaining + grace)
         try:
             yield

@@ -4,7 +4,7 @@ Every error of this program, with the exit code it ends in.
     BootstrapError
     ├── UsageError                64  a command was not told what it needs
     ├── SettingsError             78  a setting is missing or malformed; all faults at once
-    ├── RefusedError              78  a server refuses us: password, database, rights
+    ├── RefusedError              78  a server rejected the connection: password, database, rights
     │   ├── DeclaredOtherwiseError 78 RabbitMQ has a queue of ours that was declared with other arguments
     │   └── CertificateError      78  we refuse a server: its certificate is not what it should be
     ├── WrongDatabaseError        78  env.py migrates another database than the one that is locked
@@ -113,11 +113,11 @@ class SettingsError(BootstrapError):
 
 
 class RefusedError(BootstrapError):
-    """A server is there and refuses us. reason: its own words."""
+    """A server answers and rejects us. reason: its own words."""
 
     exit_code = ExitCode.CONFIGURATION
     facts = ("server", "reason")
-    text = "{server} refuses us: {reason}"
+    text = "{server} rejected the connection: {reason}"
     advice = "check user, password, database name and rights in the server's URL"
 
 
@@ -132,9 +132,9 @@ NO_TLS_FILE = "a file that the URL names for TLS is not there"
 
 
 class CertificateError(RefusedError):
-    """A server's certificate is of an unknown CA, of another host, or expired. Waiting does not mend it."""
+    """A server's certificate is of an unknown CA, of another host, or expired. Waiting does not help."""
 
-    text = "{server} is not trusted: {reason}"
+    text = "TLS certificate of {server} was rejected: {reason}"
     advice = (
         "name the CA of its certificate in the server's URL (sslrootcert for PostgreSQL, ssl_ca_certs for Redis and "
         "RabbitMQ), and the host as the certificate names it"
@@ -213,7 +213,7 @@ class BusyError(BootstrapError):
 
     exit_code = ExitCode.BUSY
     facts = ("what", "who")
-    text = "{what} was not to be had until the deadline; held by {who}"
+    text = "timed out waiting for {what}; held by {who}"
     advice = "let it finish or end that session, then run init again"
 
 
@@ -262,7 +262,7 @@ class MigrationError(BootstrapError):
 
     exit_code = ExitCode.MIGRATION
     facts = ("revision", "title", "statement", "message", "hint", "applied")
-    advice = "mend the revision and deploy again; what is applied stays and is not run twice"
+    advice = "fix the revision and deploy again; what is applied stays and is not run twice"
     revision: str
     title: str
     statement: str
@@ -285,7 +285,7 @@ class WarmError(BootstrapError):
     exit_code = ExitCode.WARM
     facts: ClassVar[tuple[str, ...]] = ("reason",)
     text = "warming failed, the module cache stands as it was last switched: {reason}"
-    advice = "mend the cause and run init again"
+    advice = "fix the cause, then run init again"
 
 
 class StagedLostError(WarmError):
@@ -296,7 +296,7 @@ class UnsettledError(WarmError):
     """Every pass of a warm found another difference. What the passes before the last one switched stands."""
 
     facts = ("passes", "difference")
-    text = "the module cache did not settle: rows or entries went on changing for {passes} passes; last: {difference}"
+    text = "the module cache did not settle: rows or entries kept changing during {passes} passes; last: {difference}"
     advice = "run init again; if it ends so again, find who writes modules without pause"
 
 

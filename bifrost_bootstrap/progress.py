@@ -64,11 +64,11 @@ def waiting_init_key(task_id: str) -> bytes:
 
 #: Seconds that a message waits in the broker; then the broker drops it, and a living init sends another.
 MESSAGE_TTL = 45.0
-#: Seconds between two heartbeats, and for how long one vouches for a task: a worker that is paused for 5 s is not
+#: Seconds between two heartbeats, and how long one counts: a worker that is paused for 5 s is not
 #: taken for dead, and a dead one is noticed within 10 s.
 BEAT, HEARTBEAT_TTL = 2.0, 10
 
 
 def heartbeat_key(task_id: str) -> bytes:
-    """Exists while a living worker holds the task: its main process vouches for what waits, the task for itself."""
+    """Exists while a worker has the task: the main process renews it for waiting tasks, a running task its own."""
     return b"bifrost:bootstrap:held:" + task_id.encode()

@@ -13,7 +13,7 @@ _SHORTEST_SECRET = 3
 _SHORTEST_VALUE = 8
 #: So many characters in a row of a secret are masked too: libraries shorten values, and quote half a URL.
 _PART = 8
-#: Names of variables whose value is a secret, whoever reads it.
+#: Names of variables whose value is a secret.
 _SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|APIKEY|(?:^|_)(?:KEY|PASS)S?(?:_|$)", re.IGNORECASE)
 #: The password of a URL.
 _PASSWORD = re.compile(r"://[^:/@\s]*:([^@\s]+)@")

@@ -171,7 +171,7 @@ def plan(with_sql: bool, as_json: bool) -> int:
     Examples:
       # before a deploy: what would init do?
       bifrost-bootstrap plan
-      # for whoever reviews the migration
+      # for a reviewer of the migration
       bifrost-bootstrap plan --sql
     """
 

@@ -144,7 +144,7 @@ def _failed_state(status: str, stored: dict[str, Any]) -> TaskState:
 
 
 def _json_object(stored: bytes | None) -> dict[str, Any] | None:
-    """The stored object; empty if nothing is stored; None for anything else, whoever wrote it."""
+    """The stored object; empty if nothing is stored; None for anything else."""
     try:
         value = json.loads(stored) if stored else {}
     except ValueError:

@@ -132,7 +132,7 @@ class MigrationLock:
         """
         End the sessions in which a runner is at work, and return those that are still there.
 
-        Sessions of another role are not ours to end; where their statements are hidden, whoever builds an index counts.
+        Sessions of another role are not ended. If their statements are hidden, each that builds an index counts.
         """
         with self.borrowed_connection() as connection:
             rows = connection.execute(
@@ -260,7 +260,7 @@ def _want_second_connection(url: PostgresUrl, lock: MigrationLock) -> None:
     try:
         looking.result()
     except UnavailableError as error:
-        # A pooler without a free connection says nothing, or that its own patience has ended.
+        # A pooler without a free connection says nothing, or that its own timeout has passed.
         waited = isinstance(error.__cause__, postgres.NoAnswer) or "query_wait_timeout" in str(error)
         if waited and lock.has_only_session():
             raise PoolTooSmallError(str(url), SECOND_CONNECTION_TIMEOUT) from error

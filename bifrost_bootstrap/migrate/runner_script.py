@@ -283,8 +283,8 @@ class LockGuard:
         connection = context.root_connection
         if end_by_asyncpg(connection, statement):
             return True
-        loose = autocommit_asyncpg_session(connection)
-        if loose is None or loose._connection.is_in_transaction() or self.foreign(connection) is not None:
+        session = autocommit_asyncpg_session(connection)
+        if session is None or session._connection.is_in_transaction() or self.foreign(connection) is not None:
             return False
 
         async def in_one_session(driver: Any) -> None:
@@ -300,10 +300,10 @@ class LockGuard:
 
         if not (CONTROL.match(statement) or NO_TRANSACTION.match(statement)):
             try:
-                loose.run_async(in_one_session)
+                session.run_async(in_one_session)
             except Exception as error:
                 if getattr(error, "sqlstate", None) not in NEEDS_NO_TRANSACTION:
-                    loose._handle_exception(error)
+                    session._handle_exception(error)
             else:
                 return True
         if parameters:
@@ -412,8 +412,9 @@ def autocommit_asyncpg_session(connection: Connection) -> Any:
 
     asyncpg prepares and runs in two exchanges; outside a transaction a pooler may give the session away in between.
     """
-    loose = connection.dialect.driver == "asyncpg" and autocommits(connection)
-    return connection.connection.dbapi_connection if loose else None
+    if connection.dialect.driver != "asyncpg" or not autocommits(connection):
+        return None
+    return connection.connection.dbapi_connection
 
 
 def leaving_nothing(base: Any) -> Any:
@@ -448,11 +449,11 @@ def disconnects_marked(connection: Connection) -> Iterator[None]:
 def run(connection: Connection, statement: str) -> None:
     """Run a statement without a result. By the driver: SQLAlchemy would begin a transaction, and call us again."""
     with disconnects_marked(connection):
-        if loose := autocommit_asyncpg_session(connection):
+        if session := autocommit_asyncpg_session(connection):
             try:
-                loose.run_async(lambda driver: driver.execute(statement))
+                session.run_async(lambda driver: driver.execute(statement))
             except Exception as error:
-                loose._handle_exception(error)
+                session._handle_exception(error)
             return
         cursor = connection.connection.cursor()
         cursor.execute(statement)
@@ -462,13 +463,13 @@ def run(connection: Connection, statement: str) -> None:
 def ask(connection: Connection, query: str) -> Any:
     """First row of the query, or None."""
     with disconnects_marked(connection):
-        if loose := autocommit_asyncpg_session(connection):
+        if session := autocommit_asyncpg_session(connection):
 
             async def in_one_session(driver: Any) -> Any:
                 async with driver.transaction():
                     return await driver.fetchrow(query)
 
-            return loose.run_async(in_one_session)
+            return session.run_async(in_one_session)
         cursor = connection.connection.cursor()
         cursor.execute(query)
         row = cursor.fetchone()
@@ -745,7 +746,7 @@ def main() -> NoReturn:
             events.send("error", **(runner.report(error) if runner else report(error, "", "")))
         sys.stderr.flush()
     finally:
-        # Whoever was to read it may be gone. Not sys.exit: threads and exit handlers of the tree must not change what
+        # The reader may be gone. Not sys.exit: threads and exit handlers of the tree must not change what
         # we reported.
         os._exit(code)
 

@@ -1,4 +1,4 @@
-"""The step `migrate`: bring the schema to the tree's heads, once, whoever else tries."""
+"""The step `migrate`: bring the schema to the tree's heads, once, however many processes try."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     url = settings.migration_database
     before: SchemaState | None = None
     applied: list[Applied] = []
-    patience = RejectionTimer()
+    rejections = RejectionTimer()
     attempt = deaths = 0
     while True:
         attempt += 1
@@ -86,7 +86,7 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
             error, deaths = passing, 0
         else:
             continue
-        if patience.expired_by(error):
+        if rejections.expired_by(error):
             raise error
         if not deadline.passed:
             logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)

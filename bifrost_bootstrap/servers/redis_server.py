@@ -26,7 +26,7 @@ _REFUSALS = ("DENIED ", "DB index is out of range", "without any password")
 #: Words by which it says that it will answer later: a long script of somebody else's, a replica that synchronises.
 _PASSING = ("BUSY ", "MASTERDOWN ", "TRYAGAIN ")
 _IS_CLUSTER = "is a Redis Cluster; the switch needs one server (or Sentinel's primary)"
-#: What one says to whoever takes it for a single server.
+#: What a Redis Cluster answers to a client of a single server.
 _CLUSTER_ERRORS = (
     redis.exceptions.AskError,  # and MovedError
     redis.exceptions.ClusterCrossSlotError,

@@ -42,7 +42,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
     # The one that was heard of last comes last.
     missing: dict[str, BaseException] = {server: UnavailableError(server, "no answer yet") for server in servers}
     unheard = set(servers)
-    patience = {server: RejectionTimer() for server in servers}
+    rejections = {server: RejectionTimer() for server in servers}
     said: dict[str, Deadline] = {}
     waited: list[Waited] = []
     seen: Queue[tuple[str, BaseException | None]] = Queue()
@@ -78,7 +78,7 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
                 said.pop(server, None)
             del missing[server]
             missing[server] = error
-            if not isinstance(error, UnavailableError | RefusedError) or patience[server].expired_by(error):
+            if not isinstance(error, UnavailableError | RefusedError) or rejections[server].expired_by(error):
                 raise error
             say(server)
     finally:

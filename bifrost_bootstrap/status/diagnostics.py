@@ -65,7 +65,7 @@ def _worker(settings: Settings, tree: Tree) -> str:
     except BootstrapError as error:
         return str(error)
     if consumers is None:
-        return "not to be seen over this broker"
-    # Right behind an `init --with-worker`, and told to whoever looks for a standing one.
-    spared = "" if consumers else "; `init --with-worker` needs none, but nobody guards the cache"
-    return f"{consumers or 'no'} bootstrap worker{'s' if consumers > 1 else ''} on {queue}{spared}"
+        return "unknown (this broker does not report consumers)"
+    # No worker is right after an `init --with-worker`; say so to a reader who expects a standing one.
+    advice = "" if consumers else "; `init --with-worker` needs none, but nobody guards the cache"
+    return f"{consumers or 'no'} bootstrap worker{'s' if consumers > 1 else ''} on {queue}{advice}"

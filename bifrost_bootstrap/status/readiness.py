@@ -36,7 +36,7 @@ class Readiness:
 
     diff: None where the schema is not ready (the rows of another schema say nothing), where the marker told enough,
     or where rows and cache cannot be compared: `obstacle` says why then. marker: what the last warm left. modules:
-    paths in the index. warmed: the marker vouches for the cache.
+    paths in the index. warmed: the marker confirms the cache.
     """
 
     schema: SchemaState
@@ -86,7 +86,7 @@ class Readiness:
         if refusal := self.schema.refusal():
             return refusal.remedy
         if self.obstacle:
-            return "mend what it says, then run `bifrost-bootstrap init`"
+            return "fix what it says, then run `bifrost-bootstrap init`"
         return "run `bifrost-bootstrap init`" + (", or `rewarm`" if self.schema.ready else "")
 
 
@@ -155,16 +155,16 @@ def wait_until_ready(settings: Settings, tree: Tree, deadline: Deadline) -> Read
     Waits for unreachable servers, and for a server that rejects us until `RejectionTimer` expires. Then raises their
     error; a CertificateError at once.
     """
-    patience = RejectionTimer()
+    rejections = RejectionTimer()
     said: Deadline | None = None
     while True:
         try:
             found = read_readiness(settings, tree, compare=COMPARE_TIMEOUT)
             if found.ready or deadline.passed:
                 return found
-            missing, patience = found.missing(), RejectionTimer()
+            missing, rejections = found.missing(), RejectionTimer()
         except (UnavailableError, RefusedError) as error:
-            if patience.expired_by(error) or deadline.passed:
+            if rejections.expired_by(error) or deadline.passed:
                 raise
             missing = str(error)
         if said is None or said.passed:

@@ -123,7 +123,7 @@ class Switched:
     """
     conflicts: paths whose entry somebody had written since it was compared.
 
-    no_other_warm: no other warm has switched since the cache was read, or it has vouched for what it left.
+    no_other_warm: no other warm has switched since the cache was read, or it has confirmed the cache that it left.
     """
 
     conflicts: list[bytes]

@@ -2,7 +2,7 @@
 The guard: after the warm, a standing bootstrap worker looks whether the module cache is still what it was.
 
 Redis may be restarted, flushed or cleaned up at any time, and nobody else would notice. The guard only looks; what
-it finds is mended by the public task, as if an operator had called it.
+it finds is fixed by the public task, as if an operator had called it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bifrost_bootstrap.warm.source import PLATFORM_TTL
 
 logger = logging.getLogger(__name__)
 
-#: Looks in one interval: a loss that a look has just missed is still mended within the interval.
+#: Looks in one interval: a loss that a look has just missed is still fixed within the interval.
 LOOKS = 2
 #: Every so many looks the entries themselves are compared although counts and marker are right: eviction takes
 #: entries and leaves the index, and a comparison costs a tenth of a second for 10,000 modules.
@@ -38,7 +38,7 @@ FULL_EVERY = 10
 RECHECK_DELAY = 2.0
 #: The guard whose turn it is; any worker on this Redis.
 MONITOR_LEASE_KEY = module_cache.OWN + b"guard"
-#: In place of a task's id: every worker that holds a task vouches for this one too.
+#: In place of a task's id: every worker that has a task sends heartbeats for this one too.
 ANY_WORKER_BUSY = "any"
 
 
@@ -79,13 +79,13 @@ class CacheMonitor:
                 logger.warning("guard: the module cache differs (%s); warming it again", diff.summary())
                 self._rewarm()
         except BootstrapError as error:
-            # Whoever needs that server says so himself; it is looked at again.
+            # The next look asks that server again.
             logger.info("guard: %s", error)
         except Exception:
             logger.exception("guard: unexpected error")
 
     def _difference(self) -> CacheDiff | None:
-        """What differs for certain and may be mended, or None."""
+        """What differs for certain and may be fixed, or None."""
         settings = self._settings
         # A schema that is not ours to serve is left to its init. Before the turn: it is not for who cannot use it.
         state = schemas.read_schema_state(settings.database, self._tree, settings)

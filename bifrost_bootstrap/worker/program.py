@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 BEAT_TIMEOUT = 1.0
 
 
-#: What is started after the pool stops before it; without this word the order would be that of Python's hashes, and a
-#: worker that is told to stop would go on vouching and guarding in one run and not in another.
+#: Steps that require the pool start after it and stop before it. Without this, the order would depend on Python's
+#: hashes: a worker that stops would go on with heartbeats in one run and not in another.
 AFTER_POOL = ("celery.worker.components:Timer", "celery.worker.components:Pool")
 
 
@@ -166,7 +166,7 @@ class Timed(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class Heartbeat(Timed):
-    """Every two seconds: vouch for the tasks that this worker holds, and touch the health file."""
+    """Every two seconds: send heartbeats for the tasks that this worker has, and touch the health file."""
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)

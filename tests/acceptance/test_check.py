@@ -21,7 +21,7 @@ def test_check_waits_for_a_database_that_is_not_there_yet(
     """Started before the database exists, as beside an image in its first start, it ends with 0 after the init."""
     database.server.drop_database(database)
     check = start_command([*BOOTSTRAP, "check", "--wait", "50s"], env=bifrost_env)
-    check.wait_for(f'not ready: .* refuses us: .*"{database.name}" does not exist')
+    check.wait_for(f'not ready: .* rejected the connection: .*"{database.name}" does not exist')
     with database.server.admin() as admin:
         name, owner = sql.Identifier(database.name), sql.Identifier(database.server.app_role)
         admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(name, owner))
@@ -46,7 +46,7 @@ def test_check_of_a_table_that_is_gone(run_bootstrap: RunBootstrap, database: Da
     assert done.returncode == found["exit_code"] == 3
     assert found["message"].startswith("module cache cannot be compared: ")
     assert "has neither table workspace_files nor file_index" in found["message"]
-    assert found["remedy"] == "mend what it says, then run `bifrost-bootstrap init`"
+    assert found["remedy"] == "fix what it says, then run `bifrost-bootstrap init`"
     assert f"what to do: {found['remedy']} (exit 3)" in done.stderr.splitlines()[-1]
 
 

@@ -263,7 +263,7 @@ def test_m11_table_lock_seen_from_init(
         done = init.wait(90)
         pid = report.info.backend_pid
     assert done.returncode == 75, done.stderr
-    assert f"a table lock for revision bbb2 was not to be had until the deadline; held by pid {pid} " in done.stderr
+    assert f"timed out waiting for a table lock for revision bbb2; held by pid {pid} " in done.stderr
     assert f"pid {pid} " in done.stderr.splitlines()[-1]
 
 

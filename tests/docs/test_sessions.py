@@ -124,7 +124,7 @@ def test_sessions(
 ) -> None:
     """Every command ends with the code that stands behind it, and writes the lines that are shown."""
     path = f"{Path(sys.executable).parent}:{bifrost_env['PATH']}"
-    # The guard would mend what a session is about to show.
+    # The guard would fix what a session is about to show.
     start_worker(env=bifrost_env | {"BIFROST_CACHE_GUARD_INTERVAL": "0"})
     for block in document.blocks:
         if block.language != "console":

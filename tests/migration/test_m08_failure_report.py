@@ -156,7 +156,7 @@ def test_m08_login_that_comes_later(
     role, password = f"late_{database.name}", unquote(parts.password or "")
     url = urlunsplit(parts._replace(netloc=f"{role}:{parts.netloc.partition(':')[2]}"))
     migrating = start_migrate(BIFROST_MIGRATION_DATABASE_URL=url)
-    migrating.wait_for(r"refuses us: .*trying again")
+    migrating.wait_for(r"rejected the connection: .*trying again")
     create = sql.SQL("CREATE ROLE {} LOGIN PASSWORD {} IN ROLE {}")
     with postgres.admin() as admin:
         admin.execute(create.format(sql.Identifier(role), sql.Literal(password), sql.Identifier(parts.username or "")))

@@ -48,7 +48,7 @@ def circle(tree: Tree) -> None:
         ),
         (forked, "", "several_heads", "the tree has the heads three, two and not each", "alembic merge"),
         (lambda tree: None, "", "empty_tree", "the tree has no revision", "BIFROST_ALEMBIC_CONFIG"),
-        (circle, "", None, "cannot be read: Cycle is detected", "mend the revision"),
+        (circle, "", None, "cannot be read: Cycle is detected", "fix the revision"),
     ],
     ids=["unknown revision", "several heads", "empty tree", "circle"],
 )
@@ -64,7 +64,7 @@ def test_m09_refused_before_any_ddl(  # noqa: PLR0917  (fixtures)
     words: str,
     todo: str,
 ) -> None:
-    """What no migration can mend ends in 1 with its own words and what to do, in the verdict of `init --json` too, and
+    """What no migration can fix ends in 1 with its own words and what to do, in the verdict of `init --json` too, and
     nothing in the database changes.
     """
     make(tree)

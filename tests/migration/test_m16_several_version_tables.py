@@ -86,7 +86,7 @@ def test_m16_one_tenant_fails(
     bifrost_env: dict[str, str],
     env: str,
 ) -> None:
-    """Every run ends with the failure until it is mended, `check` is not ready either, and then all are at head."""
+    """Every run ends with the failure until it is fixed, `check` is not ready either, and then all are at head."""
     tree.revision("one").revision("two", FAILS_FOR_ONE)
     (tree.folder / "env.py").write_text(env)
     table = {"BIFROST_ALEMBIC_VERSION_TABLE": "versions_public"} if env == BY_TABLE else {}

@@ -40,7 +40,7 @@ def test_m17_promoted_later(pair: tuple[Database, StandbyServer], tree: Tree, st
 
 
 def test_m17_never_promoted(pair: tuple[Database, StandbyServer], tree: Tree, start_migrate: StartMigrate) -> None:
-    """At the deadline it is a server that was not there in time, and no revision is to be mended."""
+    """At the deadline it is a server that was not there in time, and no revision is to be fixed."""
     database, standby = pair
     tree.revision("one")
     done = outcome(start_migrate(deadline=4, BIFROST_DATABASE_URL=standby.url(database.name)))

@@ -123,7 +123,7 @@ def test_s02_a_right_too_few_in_rabbitmq(
 ) -> None:
     """It ends with 78 and RabbitMQ's words."""
     code, said = run_with_one_right_too_few(rights, "rabbitmq", less, run_bootstrap, *command)
-    assert re.search(f"ERROR .*RabbitMQ 127.0.0.1.* refuses us: .*{named}", said), said
+    assert re.search(f"ERROR .*RabbitMQ 127.0.0.1.* rejected the connection: .*{named}", said), said
     assert code == 78, said
 
 
@@ -148,7 +148,7 @@ def test_s02_without_events_only_flower_sees_less(rights: Rights, run_bootstrap:
 def test_s02_a_right_too_few_in_redis(rights: Rights, less: str, named: str, run_bootstrap: RunBootstrap) -> None:
     """It ends with 78 and Redis' words, also where a script lacks it."""
     code, said = run_with_one_right_too_few(rights, "redis", less, run_bootstrap, *INIT)
-    assert re.search(f"ERROR .*init: Redis 127.0.0.1.* refuses us: .*{named}", said), said
+    assert re.search(f"ERROR .*init: Redis 127.0.0.1.* rejected the connection: .*{named}", said), said
     assert code == 78, said
 
 
@@ -164,5 +164,5 @@ def test_s02_a_right_too_few_in_redis(rights: Rights, less: str, named: str, run
 def test_s02_a_right_too_few_in_postgres(rights: Rights, less: str, named: str, run_bootstrap: RunBootstrap) -> None:
     """It ends with 78 and PostgreSQL's words."""
     code, said = run_with_one_right_too_few(rights, "postgres", less, run_bootstrap, *INIT)
-    assert re.search(f"ERROR .*init: PostgreSQL 127.0.0.1.* refuses us: {named}", said), said
+    assert re.search(f"ERROR .*init: PostgreSQL 127.0.0.1.* rejected the connection: {named}", said), said
     assert code == 78, said

@@ -70,7 +70,8 @@ def refused(run_bootstrap: RunBootstrap, env: dict[str, str], server: str, trust
     )
     assert done.returncode == 78, done.stderr
     found = re.search(
-        rf"ERROR .*init: ({server} 127.0.0.1:.* is not trusted: .*); what to do: name the CA", done.stderr
+        rf"ERROR .*init: (TLS certificate of {server} 127.0.0.1:.* was rejected: .*); what to do: name the CA",
+        done.stderr,
     )
     assert found, done.stderr
     return found[1]

@@ -167,7 +167,7 @@ def test_keyword_string_with_the_sign_of_a_url() -> None:
     ],
 )
 def test_tree_sees_what_the_operator_wrote(text: str, seen: str) -> None:
-    """The tree gets driver suffix and parameters as written; only the scheme that SQLAlchemy lacks is mended."""
+    """The tree gets driver suffix and parameters as written; only the scheme that SQLAlchemy lacks is fixed."""
     assert parse_postgres(text).as_written == seen
 
 

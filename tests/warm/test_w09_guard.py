@@ -137,7 +137,7 @@ def test_w09_entries_that_live_for_a_time_are_compared_in_it(deploy: NewDeployme
 def test_w09_two_looks_an_interval_and_eight_a_life(
     deploy: NewDeployment, redis_url: str, guard_interval: int, ttl: int, interval: int
 ) -> None:
-    """A loss is mended within the interval although one look has just missed it; of a short life none misses half."""
+    """A loss is fixed within the interval although one look has just missed it; of a short life none misses half."""
     guard = Watch(deploy(redis_url, cache_guard_interval=guard_interval, module_cache_ttl=ttl)).guard
     assert guard.interval == interval
 

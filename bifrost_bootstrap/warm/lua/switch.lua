@@ -17,8 +17,8 @@ if kind ~= 'set' and kind ~= 'none' then return redis.error_reply('the index is 
 if call('LLEN', plan) ~= 3 * planned then return {0, {plan}} end
 local function settled(marker) return marker:find('"settled": true', 1, true) ~= nil end
 local now = call('GET', marker) or ''
-local undisturbed = now == ARGV[4]
-if settled(ARGV[1]) and not undisturbed then
+local no_other_warm = now == ARGV[4]
+if settled(ARGV[1]) and not no_other_warm then
   call('DEL', plan)
   return {1, {}, planned == 0 and settled(now) and 1 or 0}
 end
@@ -58,7 +58,7 @@ if planned > 0 then
   call('SADD', probe, '')
   call('SREM', probe, '')
 end
--- What was left alone is not vouched for.
+-- A marker does not confirm entries that were left alone.
 local written = #alone == 0 and ARGV[1] or ARGV[1]:gsub('"settled": true', '"settled": false')
 -- A reader of the platform that rebuilds the index gives it a time to live.
 if call('PTTL', index) >= 0 then call('PERSIST', index) end
@@ -81,4 +81,4 @@ for _, part in ipairs(parts) do
   if #indexed > 0 then call('SADD', index, unpack(indexed)) end
 end
 call('DEL', plan)
-return {1, alone, undisturbed and 1 or 0}
+return {1, alone, no_other_warm and 1 or 0}
