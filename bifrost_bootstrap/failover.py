@@ -13,8 +13,9 @@ from kombu.exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for the answer to a deletion; RabbitMQ itself asks the queue's leader for 5.
-DELETE_TIMEOUT = 15.0
+#: Seconds for RabbitMQ's answer about a queue. It answers in milliseconds; to a deletion after the 5 that it gives the
+#: queue's leader.
+LEADER_TIMEOUT = 10.0
 
 
 class Mailbox(pidbox.Mailbox):  # type: ignore[misc]
@@ -58,43 +59,42 @@ class Producer(kombu.Producer):  # type: ignore[misc]
 
 class Consumer(kombu.Consumer):  # type: ignore[misc]
     """
-    Deletes an empty queue that a killed RabbitMQ forgot to lead; the next attempt to consume declares it again.
+    Before it consumes, replaces each empty queue that a killed RabbitMQ has no leader for.
 
-    RabbitMQ 3.10 writes down after half a second that it leads a new quorum queue. Killed before, it comes back with
-    the queue, takes no message for it and answers no consumer, for ever; the connection ends after three heartbeats.
-    Of several nodes, another has it written down.
+    RabbitMQ 3.10 records after half a second that it leads a new quorum queue. If killed before, it comes back with
+    the queue, accepts no message for it and answers no consumer, for ever. Among several nodes, another one has it on
+    record.
     """
 
     def consume(self, no_ack: bool | None = None) -> None:
-        try:
-            super().consume(no_ack)
-        except self.connection.connection_errors:
-            if len(self.connection.alt) < 2:
-                for queue in self.queues:
-                    _delete_if_nobody_leads(self.connection, queue.name)
-            raise
+        if len(self.connection.alt) < 2 and self.connection.transport.driver_type == "amqp":
+            replaced = [queue for queue in self.queues if _delete_without_leader(self.connection, queue.name)]
+            if replaced:
+                self.declare()
+        super().consume(no_ack)
 
 
-def _delete_if_nobody_leads(lost: kombu.Connection, queue: str) -> None:
-    """Delete the queue if RabbitMQ calls it empty and does not let us consume it either."""
-    # Without heartbeats, which the broker goes on sending: each would count as an answer.
-    with lost.clone(heartbeat=0) as connection:
+def _delete_without_leader(worker_connection: kombu.Connection, queue: str) -> bool:
+    """Delete the queue if RabbitMQ reports it as empty, but does not answer a `basic.get` for it. Whether it did."""
+    options = {**worker_connection.transport_options, "read_timeout": LEADER_TIMEOUT}
+    # Without heartbeats: each of the broker's would count as an answer.
+    with worker_connection.clone(heartbeat=0, transport_options=options) as connection:
         channel = connection.connect().channel()
         _, messages, consumers = channel.queue_declare(queue, passive=True)
         if messages or consumers:
-            return
+            return False
         try:
-            channel.basic_consume(queue)
+            # A message that has just arrived returns to the queue when this connection is closed.
+            channel.basic_get(queue)
         except TimeoutError:
-            # Without a farewell, for which it would wait too.
+            # Close the socket only: closing the channel would wait for an answer too.
             connection.collect()
         else:
-            return
-    logger.warning("nobody leads the queue %s since RabbitMQ was killed; it is empty and deleted now", queue)
-    with lost.clone(
-        heartbeat=0, transport_options={**lost.transport_options, "read_timeout": DELETE_TIMEOUT}
-    ) as connection:
+            return False
+    logger.warning("RabbitMQ has no leader for the empty queue %s since it was killed; replacing the queue", queue)
+    with worker_connection.clone(heartbeat=0, transport_options=options) as connection:
         connection.connect().channel().queue_delete(queue)
+    return True
 
 
 class AMQP(amqp.AMQP):  # type: ignore[misc]

@@ -114,7 +114,7 @@ class RabbitmqServer(Server, Rabbitmq):
         """Have all that was declared written.
 
         RabbitMQ 3.10 does so within a second. A node that is killed before comes back with a quorum queue that has no
-        leader, until the worker deletes it, three quarters of a minute later (docs/reliability.md).
+        leader, until the worker replaces it, a quarter of a minute later (docs/reliability.md).
         """
         self.evaluate("mnesia:sync_log(), [dets:sync(Table) || Table <- dets:all()]")
 
