@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from redis import Redis
 
 from tests.conftest import RunBootstrap
@@ -19,6 +20,7 @@ NEW_AGE = """
 """
 
 
+@pytest.mark.faults  # half a minute; tests/warm/test_w14_both_ages.py is quicker
 def test_w14_upgrade_and_rollback_by_init(
     database: Database, redis_url: str, bifrost_env: dict[str, str], run_bootstrap: RunBootstrap, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ AT_ONCE = 5.0
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.faults)])
 def test_i07_while_it_waits_for_the_chain(deployment: Deployment, number: signal.Signals, code: int) -> None:
     """Init ends with the signal's code, says that the work goes on, and it does: the next init finds it done."""
     deployment.hold("migrating")

@@ -85,7 +85,7 @@ def test_i08_bar_and_table(deployment: Deployment) -> None:
         ("plan", 0, "init would apply 2 revisions"),
         ("plan --sql", 0, "CREATE TABLE workspace_files"),
         ("init --with-worker --timeout 1m", 0, "ready in"),
-        ("init --embedded --timeout 1m", 0, "ready in"),
+        pytest.param("init --embedded --timeout 1m", 0, "ready in", marks=pytest.mark.faults),
         ("init --timeout 5s", 69, "worker"),
         ("load modules", 64, "say --yes"),
     ],
@@ -101,6 +101,7 @@ def test_i08_every_command(deployment: Deployment, command: str, code: int, says
         assert bool(COLOURED.search(shown.shown)) == (not variables and code != 64), shown.shown
 
 
+@pytest.mark.faults  # half a minute
 def test_i08_every_command_with_a_worker(deployment: Deployment) -> None:
     """The commands that need a schema or a worker, and the worker; what is no terminal gets plain lines."""
     deployment.env["BIFROST_ALEMBIC_CONFIG"] = "builtin"

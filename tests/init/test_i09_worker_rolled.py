@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 from bifrost_bootstrap.init.decision import SILENCE
 from bifrost_bootstrap.progress import BEAT, HEARTBEAT_TTL, heartbeat_key
 from bifrost_bootstrap.worker.cache_monitor import ANY_WORKER_BUSY
@@ -67,6 +69,7 @@ def test_i09_init_waits_for_a_revision_that_outlives_the_heartbeat(deployment: D
     assert deployment.applied() == REVISIONS
 
 
+@pytest.mark.faults  # 20 s
 def test_i09_past_its_grace(deployment: Deployment) -> None:
     """A worker that is killed after its grace has its statement cancelled in the server, and nothing is recorded."""
     deployment.hold("migrating")

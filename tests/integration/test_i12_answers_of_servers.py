@@ -189,7 +189,7 @@ def test_i12_queue_with_other_arguments(
     assert "PRECONDITION_FAILED" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("option", ["--soft-time-limit=1", "--time-limit=1"])
+@pytest.mark.parametrize("option", ["--soft-time-limit=1", pytest.param("--time-limit=1", marks=pytest.mark.faults)])
 def test_i12_time_limit_of_a_worker(
     run_bootstrap: RunBootstrap, start_command: StartCommand, bifrost_env: dict[str, str], tmp_path: Path, option: str
 ) -> None:

@@ -107,7 +107,7 @@ def test_s03_a_ca_file_that_is_not_there(
 
 
 @pytest.mark.parametrize("server", VARIABLES)
-@pytest.mark.parametrize("fault", ["of_another_host", "expired"])
+@pytest.mark.parametrize("fault", ["of_another_host", pytest.param("expired", marks=pytest.mark.faults)])
 def test_s03_wrong_certificate(
     servers: TlsServers,
     server: str,
