@@ -127,7 +127,7 @@ def _init(
 
     queue = tree.queue(settings.database.target)
     servers = _server_probes(settings) | {broker.display_name(): lambda: broker.queue_state(queue)}
-    waited = waiting.wait_for(servers, deadline)
+    waited = waiting.wait_for(servers, deadline, away.values())
     if waited:
         found = _read_readiness(settings, tree, deadline, away)
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Event, Thread
@@ -31,11 +31,12 @@ class Waited:
     seconds: float
 
 
-def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
+def wait_for(servers: Mapping[str, Look], deadline: Deadline, earlier: Iterable[BaseException] = ()) -> list[Waited]:
     """
     Call each look until it no longer raises UnavailableError or RefusedError.
 
-    Returns what had to be waited for. Raises the error of a server at the deadline, a RefusedError that lasts
+    Returns what had to be waited for. earlier: errors that were seen before. Raises the error of a server at the
+    deadline (if none has answered until then, one that was seen earlier), a RefusedError that lasts
     longer than `RejectionTimer`, and a CertificateError and any other error of a look at once.
     """
     since = Deadline(deadline.remaining)
@@ -59,7 +60,8 @@ def wait_for(servers: Mapping[str, Look], deadline: Deadline) -> list[Waited]:
     try:
         while missing:
             if deadline.passed:
-                raise list(missing.values())[-1]
+                heard = [error for server, error in missing.items() if server not in unheard]
+                raise (heard or [*missing.values(), *earlier])[-1]
             for silent in missing if since.elapsed > SILENCE else ():
                 say(silent)
             try:

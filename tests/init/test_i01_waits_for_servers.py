@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from threading import Event
 
 import psycopg
 import pytest
@@ -212,3 +213,14 @@ def test_i01_a_foreign_error_of_a_look_is_not_swallowed() -> None:
 
     with pytest.raises(psycopg.ProgrammingError):
         waiting.wait_for({"a server": look}, Deadline(60))
+
+
+def test_i01_an_earlier_error_says_more_than_no_answer_yet() -> None:
+    """Where the deadline passes before any server was heard, the error that was seen before is raised."""
+    hung = Event()
+    earlier = UnavailableError("PostgreSQL db:5432/bifrost", "Connection refused")
+    try:
+        with pytest.raises(UnavailableError, match="Connection refused"):
+            waiting.wait_for({"RabbitMQ": hung.wait}, Deadline(0), [earlier])
+    finally:
+        hung.set()
