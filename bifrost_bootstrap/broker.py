@@ -44,7 +44,7 @@ def display_name() -> str:
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Raise what the broker says in the block as UnavailableError, RefusedError or CertificateError."""
     try:
         yield
@@ -96,7 +96,7 @@ def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> Qu
     publishing: the broker must take messages. room_for: so many more connections must be possible. Raises
     UnavailableError, RefusedError.
     """
-    with translated_errors(), ExitStack() as stack:
+    with translated(), ExitStack() as stack:
         connection = stack.enter_context(connected())
         if connection.transport.driver_type != "amqp":
             return QueueState(None, None)
@@ -136,7 +136,7 @@ def _publish_to_nobody(connection: Any) -> None:
 
 def check_permissions(*queues: str) -> None:
     """Declare what a worker of these queues needs, as it will itself. Raises UnavailableError, RefusedError."""
-    with translated_errors(), connected() as connection:
+    with translated(), connected() as connection:
         app.control.mailbox.exchange(connection.default_channel).declare()
         for name in queues:
             add_queue(name)(connection.default_channel).declare()

@@ -83,7 +83,7 @@ class RejectionTimer:
         self._until: Deadline | None = None
 
     def expired_by(self, error: BaseException) -> bool:
-        """Whether waiting does not help any more. Any other error begins it anew; a CertificateError spends it."""
+        """Whether waiting does not help any more. Any other error starts it anew. A CertificateError ends it."""
         if not isinstance(error, RefusedError):
             self._until = None
             return False

@@ -91,7 +91,7 @@ def _delete_without_leader(worker_connection: kombu.Connection, queue: str) -> b
             connection.collect()
         else:
             return False
-    logger.warning("RabbitMQ has no leader for the empty queue %s since it was killed; replacing the queue", queue)
+    logger.warning("RabbitMQ has no leader for the empty queue %s; replacing the queue", queue)
     with worker_connection.clone(heartbeat=0, transport_options=options) as connection:
         connection.connect().channel().queue_delete(queue)
     return True

@@ -252,7 +252,7 @@ def load(folder: Path, yes: bool, as_json: bool) -> int:
     return run_command("load", as_json, work)
 
 
-def _init(stack: ExitStack, timeout: float | None, wanted: Request, *, with_worker: bool) -> Outcome:
+def _init(stack: ExitStack, timeout: float | None, request: Request, *, with_worker: bool) -> Outcome:
     from bifrost_bootstrap.init.loop import init
 
     settings = _load("database", "redis", "rabbitmq", "tree")
@@ -263,7 +263,7 @@ def _init(stack: ExitStack, timeout: float | None, wanted: Request, *, with_work
         from bifrost_bootstrap.cli import terminal
 
         options["report"] = stack.enter_context(terminal.bar())
-    done = init(settings, deadline, wanted, with_worker=with_worker, **options)
+    done = init(settings, deadline, request, with_worker=with_worker, **options)
     return Outcome(ExitCode.OK, summary.of_init(done), done.to_dict())
 
 

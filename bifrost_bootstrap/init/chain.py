@@ -87,7 +87,7 @@ def send(
     # Workers publish each result this way. If Redis refused it to them, their tasks would end without a result, and
     # only their log would say why.
     client.publish(app.backend.get_key_for_task(sent.first), b"")
-    with broker.translated_errors():
+    with broker.translated():
         keep_chain_alive(client, sent, deadline, lock_timeout)
         work.apply_async()
     return sent

@@ -131,7 +131,7 @@ def facts(client: redis.Redis) -> ServerFacts | None:
     )
 
 
-def want_primary(client: redis.Redis, url: str) -> ServerFacts | None:
+def require_primary(client: redis.Redis, url: str) -> ServerFacts | None:
     """
     What the server tells of itself, as `facts`. Raises WarmError for a replica and a cluster.
 
@@ -151,7 +151,7 @@ def room_for_writing(client: redis.Redis, url: str) -> int | None:
 
     Warns of a policy that may evict what we write. Raises WarmError for a replica and a cluster.
     """
-    server, found = display_name(url), want_primary(client, url)
+    server, found = display_name(url), require_primary(client, url)
     if found is None:
         logger.info("%s does not tell its memory to this user", server)
         return None

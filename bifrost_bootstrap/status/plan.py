@@ -9,10 +9,9 @@ from bifrost_bootstrap.errors import ExitCode, WarmError
 from bifrost_bootstrap.migrate import process, schema_state as schemas
 from bifrost_bootstrap.migrate.schema_state import SchemaState
 from bifrost_bootstrap.migrate.tree import Tree
-from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.status import readiness
 from bifrost_bootstrap.warm import diff as cache_diff
 from bifrost_bootstrap.warm.cache import ModuleCache
 from bifrost_bootstrap.warm.diff import CacheDiff
@@ -71,7 +70,7 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
     try:
         with (
             redis_server.connect(settings.redis, answer_timeout=PROBE_TIMEOUT) as client,
-            cache_diff.row_reader(settings, answer_timeout=readiness.COMPARE_TIMEOUT) as reader,
+            cache_diff.row_reader(settings, answer_timeout=postgres.WORK_TIMEOUT) as reader,
         ):
             states = ModuleCache(client, reader.source.ttl(settings)).states()
             with reader.snapshot() as rows:

@@ -11,7 +11,7 @@ from bifrost_bootstrap.errors import RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.migrate import schema_state as schemas
 from bifrost_bootstrap.migrate.schema_state import SchemaState
 from bifrost_bootstrap.migrate.tree import Tree
-from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.warm import diff as cache_diff
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 #: Seconds from a first comparison that found a difference to the second, and between looks that wait.
 RECHECK_DELAY, POLL_INTERVAL = 0.2, 1.0
-#: Seconds that PostgreSQL may be silent in a comparison.
-COMPARE_TIMEOUT = 30.0
 #: Seconds between two log lines that say the same.
 LOG_INTERVAL = 10.0
 
@@ -100,12 +98,13 @@ def read_readiness(
     await_open: bool = False,
 ) -> Readiness:
     """
-    Read where schema and cache stand, changing nothing, in bounded time.
+    Read where schema and cache stand, changing nothing. A silent server ends it.
 
     With `marker_suffices`, a warm that settled after the marker `since` was read, from the database as it is now,
     is believed without comparing again: its own last comparison found no difference. compare: otherwise compare, and
-    give PostgreSQL so many seconds for it; with 0, what no marker tells is not ready. await_open: open transactions
-    that have written modules may have set entries already; compare again when they have ended, or after `WRITER_WAIT`.
+    let PostgreSQL be silent for so many seconds; with 0, what no marker tells is not ready. await_open: open
+    transactions that have written modules may have set entries already; compare again when they have ended, or after
+    `WRITER_WAIT`.
 
     Raises UnavailableError, RefusedError.
     """
@@ -113,7 +112,7 @@ def read_readiness(
     found = Readiness(schema)
     try:
         with redis_server.connect(settings.redis, answer_timeout=PROBE_TIMEOUT) as client:
-            redis_server.want_primary(client, settings.redis)
+            redis_server.require_primary(client, settings.redis)
             cache = ModuleCache(client)
             marker, modules = cache.marker(), cache.size()
             found = Readiness(schema, None, marker, modules)
@@ -129,15 +128,15 @@ def read_readiness(
 
 
 def compare_timeout(deadline: Deadline) -> float:
-    """Seconds for a comparison by somebody who has a deadline; past it a short one, since the last look decides."""
-    return min(COMPARE_TIMEOUT, max(PROBE_TIMEOUT, deadline.remaining))
+    """How long PostgreSQL may be silent in a comparison with a deadline; past it briefly, for the last look decides."""
+    return min(postgres.WORK_TIMEOUT, max(PROBE_TIMEOUT, deadline.remaining))
 
 
 def _difference(settings: Settings, client: Any, answer_timeout: float, await_open: bool) -> CacheDiff:
     """What differs for certain, seen twice: a live writer commits a moment before or after he writes his entry."""
     first = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout)
     if await_open and first.open_writers:
-        with cache_diff.row_reader(settings) as reader:
+        with cache_diff.row_reader(settings, answer_timeout=answer_timeout) as reader:
             limit = Deadline(min(WRITER_WAIT, answer_timeout))
             await_writers(reader.open_writers, first.open_writers, limit)
         first = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout)
@@ -159,7 +158,7 @@ def wait_until_ready(settings: Settings, tree: Tree, deadline: Deadline) -> Read
     said: Deadline | None = None
     while True:
         try:
-            found = read_readiness(settings, tree, compare=COMPARE_TIMEOUT)
+            found = read_readiness(settings, tree, compare=postgres.WORK_TIMEOUT)
             if found.ready or deadline.passed:
                 return found
             missing, rejections = found.missing(), RejectionTimer()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ShrinkError, UnsettledError
 from bifrost_bootstrap.progress import Facts, Progress, Report
-from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.warm import cache as module_cache, diff as cache_diff
 from bifrost_bootstrap.warm.cache import TAIL, CacheStates, Marker, ModuleCache, Stage, Switched
@@ -27,8 +27,6 @@ MAX_PASSES = 20
 #: From this pass on, differences that live writers keep making do not keep a warm from ending (see `_is_in_flight`).
 #: Before it only a comparison without any difference does: it proves more, and a cache that is at rest gets there.
 SETTLING_PASS = 4
-#: Seconds of silence after which PostgreSQL counts as away; it is asked about 1,000 modules at a time.
-ANSWER_TIMEOUT = 30.0
 #: Pauses between passes, seconds: a live writer needs a moment from his commit to his entry.
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 #: Characters of content sent in one go: large enough to amortise a system call, small enough that neither
@@ -89,7 +87,7 @@ def warm(
     """
     with (
         redis_server.connect(settings.redis) as client,
-        cache_diff.row_reader(settings, answer_timeout=ANSWER_TIMEOUT) as reader,
+        cache_diff.row_reader(settings, answer_timeout=postgres.WORK_TIMEOUT) as reader,
     ):
         room = redis_server.room_for_writing(client, settings.redis)
         ttl = reader.source.ttl(settings)

@@ -20,7 +20,6 @@ from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.progress import heartbeat_key
 from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.status import readiness
 from bifrost_bootstrap.warm import cache as module_cache, diff as cache_diff
 from bifrost_bootstrap.warm.cache import Marker, ModuleCache
 from bifrost_bootstrap.warm.diff import CacheDiff
@@ -107,7 +106,7 @@ class CacheMonitor:
                 return None
             self._known = None
             # It may take longer than a short turn, and two guards would send two tasks.
-            client.set(MONITOR_LEASE_KEY, b"1", px=turn + round(1000 * (RECHECK_DELAY + readiness.COMPARE_TIMEOUT)))
+            client.set(MONITOR_LEASE_KEY, b"1", px=turn + round(1000 * (RECHECK_DELAY + postgres.WORK_TIMEOUT)))
             Deadline(RECHECK_DELAY).sleep(RECHECK_DELAY)
             again = self._compared(client)
             client.set(MONITOR_LEASE_KEY, b"1", px=turn)
@@ -140,4 +139,4 @@ class CacheMonitor:
         return None if (warmed or found == self._known) and self._looks % self._full_every else found
 
     def _compared(self, client: Any) -> CacheDiff:
-        return cache_diff.compare_now(client, self._settings, answer_timeout=readiness.COMPARE_TIMEOUT).diff
+        return cache_diff.compare_now(client, self._settings, answer_timeout=postgres.WORK_TIMEOUT).diff

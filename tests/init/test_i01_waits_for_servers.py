@@ -170,8 +170,8 @@ def test_i01_a_table_that_is_locked_is_69(deployment: Deployment, command: str) 
     program = f"""
 import sys
 from bifrost_bootstrap.cli import commands as cli
-from bifrost_bootstrap.status import readiness
-readiness.COMPARE_TIMEOUT = 3.0
+from bifrost_bootstrap.servers import postgres
+postgres.WORK_TIMEOUT = 3.0
 sys.exit(cli.run({[command, *options]}))
 """
     with deployment.database.connect() as somebody:

@@ -115,13 +115,11 @@ class Commands:
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._open = contextlib.ExitStack()
         self._commands: list[Command] = []
 
     def start(self, args: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> Command:
         """Start a command; from the main thread, if it is to live longer than the call (see ProcessTree)."""
         command = Command(self._run, args, env=env, cwd=cwd)
-        self._open.callback(command.close)
         self._commands.append(command)
         return command
 
@@ -133,4 +131,7 @@ class Commands:
 
     def close(self) -> None:
         """End all that still run; raises as `Command.close`, when all have been ended."""
-        self._open.close()
+        with contextlib.ExitStack() as all_closed:
+            for command in self._commands:
+                all_closed.callback(command.close)
+        self._commands.clear()

@@ -156,7 +156,7 @@ class PostgresServer(Server, Postgres):
     def command(self) -> Sequence[str]:
         settings = {**THROW_AWAY, **self.config}
         return [
-            str(_programs() / "postgres"),
+            str(programs() / "postgres"),
             *("-D", str(self.data), "-p", str(self.port)),
             *(word for name, value in settings.items() for word in ("-c", f"{name}={value}")),
         ]
@@ -188,7 +188,7 @@ def _run_as(server: PostgresServer, *command: str) -> None:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
-def _programs() -> Path:
+def programs() -> Path:
     """Return the folder of initdb, postgres and the rest: all of one version."""
     return Path(find_program("initdb", *PROGRAM_FOLDERS)).resolve().parent
 
@@ -204,7 +204,7 @@ def _new_cluster(run: RunFolder, server: PostgresServer) -> Path:
 
 
 def _initdb(cluster: Path, server: PostgresServer) -> None:
-    initdb = _programs() / "initdb"
+    initdb = programs() / "initdb"
     version = subprocess.run([initdb, "--version"], capture_output=True, text=True, check=True).stdout
     major = int(re.findall(r"\d+", version)[0])
     locale = ["--locale-provider=icu", "--icu-locale=en-US"] if major >= 15 else ["--locale=C"]
@@ -243,7 +243,7 @@ class StandbyServer(PostgresServer):
         self.data.chmod(0o700)
         self.hand_over(self.data)
         options = ["-D", str(self.data), "-d", self.primary.admin_url, "-R", "-c", "fast", "-X", "stream"]
-        _run_as(self, str(_programs() / "pg_basebackup"), *options)
+        _run_as(self, str(programs() / "pg_basebackup"), *options)
 
     def caught_up(self) -> bool:
         """Whether it has replayed all that its primary has written."""

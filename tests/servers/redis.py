@@ -81,14 +81,15 @@ class RedisServer(Server, RedisAddress):
         configuration.write_text("".join(settings_lines(settings, " ")))
 
     def command(self) -> Sequence[str]:
-        return [_program(self.programs), str(self.data / "redis.conf")]
+        return [find_redis(self.programs), str(self.data / "redis.conf")]
 
     def probe(self) -> None:
         with self.client() as client:
             client.ping()
 
 
-def _program(programs: Sequence[str]) -> str:
+def find_redis(programs: Sequence[str]) -> str:
+    """The path of the first of these programs that is here. Raises ServerMissing."""
     for program in programs:
         try:
             return find_program(program, *PROGRAM_FOLDERS)

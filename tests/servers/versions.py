@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.servers import pgbouncer, postgres, rabbitmq, redis
@@ -14,35 +14,30 @@ from tests.servers.process import ServerMissing, find_program
 
 def row() -> str:
     """The row: system, PostgreSQL, Redis or Valkey, RabbitMQ, PgBouncer, Python; "none" where a server is missing."""
-    redis_program = os.environ.get("BIFROST_TEST_REDIS_PROGRAM") or "redis-server"
     versions = [
-        _said_by("postgres", *postgres.PROGRAM_FOLDERS),
-        ("Valkey " if "valkey" in redis_program else "") + _said_by(redis_program, *redis.PROGRAM_FOLDERS),
-        _rabbitmq(),
-        _said_by("pgbouncer", *pgbouncer.PROGRAM_FOLDERS),
+        _version_or_none(lambda: _said_by(postgres.programs() / "postgres")),
+        _version_or_none(lambda: _said_by(redis.find_redis(redis.PROGRAMS))),
+        # Its folder has the version in its name; asking RabbitMQ takes a node.
+        _version_or_none(lambda: rabbitmq.home().name.rpartition("-")[2]),
+        _version_or_none(lambda: _said_by(find_program("pgbouncer", *pgbouncer.PROGRAM_FOLDERS))),
         platform.python_version(),
     ]
     return f"| {_system()} | {' | '.join(versions)} |"
 
 
-def _said_by(program: str, *folders: str) -> str:
-    """The first number with points that `PROGRAM --version` says."""
+def _version_or_none(version: Callable[[], str]) -> str:
     try:
-        command = [find_program(program, *folders), "--version"]
+        return version()
     except ServerMissing:
         return "none"
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _said_by(program: str | Path) -> str:
+    """What `PROGRAM --version` says: the first number with points, and "Valkey" where it says so."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"\d+(\.\d+)+", said)
     assert found, said
-    return found[0]
-
-
-def _rabbitmq() -> str:
-    """From the name of its folder: asking it takes a node."""
-    try:
-        return rabbitmq.home().name.rpartition("-")[2]
-    except ServerMissing:
-        return "none"
+    return f"Valkey {found[0]}" if "valkey" in said.lower() else found[0]
 
 
 def _system() -> str:
