@@ -1,7 +1,20 @@
-"""The whole wait of a command or task, on the monotonic clock. The only module that sleeps."""
+"""
+Time: the deadline of a command or task, pauses between attempts, and what is done again after a while.
+
+All of it goes by the monotonic clock. This is the only module that sleeps.
+
+    log_again = Interval(LOG_INTERVAL)
+    for attempt in deadline.attempts(first=0.1, longest=2.0):
+        if try_it():
+            return
+        if log_again.due():
+            logger.info("waiting for it")
+    raise BusyError(...)
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import time
@@ -12,13 +25,14 @@ from typing import NoReturn
 
 from bifrost_bootstrap.errors import CertificateError, RefusedError
 
-#: Seconds for which a refused login may still become right: the official images create user and database while
-#: they already answer.
+#: Seconds for which rejections are tolerated: the official images answer while they still create user and database.
 REJECTION_TIMEOUT = 30.0
+#: Seconds between two log lines about the same wait: a watcher sees that it goes on, and a log stays short.
+LOG_INTERVAL = 10.0
 
 
 class DeadlineExceeded(BaseException):
-    """A block ran past its deadline. No Exception, so that nothing on the way takes it for its own failure."""
+    """A block ran past its deadline. Not an Exception, so that no handler on the way takes it for its own failure."""
 
 
 class Deadline:
@@ -45,9 +59,9 @@ class Deadline:
     @contextmanager
     def interrupt_after(self, grace: float) -> Iterator[None]:
         """
-        Raise DeadlineExceeded in the block, wherever it is, when it still runs `grace` seconds after the deadline.
+        Raise DeadlineExceeded inside the block if it still runs `grace` seconds after the deadline.
 
-        For what nobody thought of: a call into a library that waits without an end. Main thread only.
+        The last resort against a library call that never returns. Works in the main thread only.
         """
 
         def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -62,30 +76,71 @@ class Deadline:
             signal.signal(signal.SIGALRM, previous)
 
     def sleep(self, seconds: float) -> None:
-        """Sleep `seconds`, less where the deadline comes first."""
+        """Sleep `seconds`, but not past the deadline."""
         time.sleep(min(seconds, self.remaining))
 
     def pause(self, attempt: int, *, first: float, longest: float) -> None:
         """
         Sleep before attempt number `attempt` + 1.
 
-        The pause is `first` × 2^(`attempt` - 1) seconds, at most `longest`, less up to half of it at random, so
-        that replicas that failed together do not come back together. `attempt` counts from 1.
+        The pause is `first` × 2^(`attempt` - 1) seconds, at most `longest`, and ends at the deadline. Up to half of it
+        is taken off at random, so that replicas that failed together do not return together. `attempt` counts from 1.
         """
         longest_now = min(longest, first * 2 ** min(attempt - 1, 30))
         self.sleep(longest_now * random.uniform(0.5, 1))  # noqa: S311  (jitter, not cryptography)
 
+    def attempts(self, *, first: float, longest: float) -> Iterator[int]:
+        """
+        Count attempts from 1, with a `pause` between two.
+
+        The first attempt that ends after the deadline is the last one, so there is always one.
+        """
+        for attempt in itertools.count(1):
+            yield attempt
+            if self.passed:
+                return
+            self.pause(attempt, first=first, longest=longest)
+
+
+class Interval:
+    """Something that is due at once, and then every `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._pause = Deadline(0)
+
+    def due(self) -> bool:
+        """Whether it is to be done now. The answer True starts the next `seconds`."""
+        if not self._pause.passed:
+            return False
+        self.restart()
+        return True
+
+    def restart(self) -> None:
+        """It is due again `seconds` from now."""
+        self._pause = Deadline(self._seconds)
+
 
 class RejectionTimer:
-    """How long a server has rejected us without a break. After `REJECTION_TIMEOUT` waiting does not help any more."""
+    """
+    Ends the wait for a server that keeps rejecting us.
 
-    def __init__(self) -> None:
-        self._until: Deadline | None = None
+    A rejection is an answer that a retry alone does not change: RefusedError, or the given classes. It may still pass
+    (see `REJECTION_TIMEOUT`). Any other error, and a success, ends a series of rejections.
+    """
 
-    def expired_by(self, error: BaseException) -> bool:
-        """Whether waiting does not help any more. Any other error starts it anew. A CertificateError ends it."""
-        if not isinstance(error, RefusedError):
-            self._until = None
+    def __init__(self, *rejections: type[BaseException]) -> None:
+        self._rejections = rejections or (RefusedError,)
+        self._limit: Deadline | None = None
+
+    def expired_by(self, error: BaseException | None) -> bool:
+        """
+        Whether waiting is of no use after this answer. error: None is a success.
+
+        True if rejections have lasted `REJECTION_TIMEOUT` seconds, and for a CertificateError at once.
+        """
+        if not isinstance(error, self._rejections):
+            self._limit = None
             return False
-        self._until = self._until or Deadline(REJECTION_TIMEOUT)
-        return self._until.passed or isinstance(error, CertificateError)
+        self._limit = self._limit or Deadline(REJECTION_TIMEOUT)
+        return self._limit.passed or isinstance(error, CertificateError)
