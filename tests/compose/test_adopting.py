@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from bifrost_bootstrap import __version__
 from bifrost_bootstrap.settings import Settings
 from tests.compose.stack import CHECKOUT, run
 
 PLATFORM = CHECKOUT / "tests/compose/platform_stack/docker-compose.yml"
 OVERRIDE = CHECKOUT / "deploy/platform/compose.yaml"
-IMAGE = "registry.example/bifrost-bootstrap:1.4.0"
+IMAGE = f"registry.example/bifrost-bootstrap:{__version__}-1.4.0"
 VARIABLES = {
     "POSTGRES_PASSWORD": "of-postgres",
     "RABBITMQ_PASSWORD": "of-rabbitmq",

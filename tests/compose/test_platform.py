@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bifrost_bootstrap import __version__
 from tests.compose.stack import CHECKOUT, RUN, OpenFolder, Stack, borrowed, run
 from tests.docs.documents import fence
 
@@ -26,7 +27,7 @@ IMAGES = {
 }
 SETTINGS = {"BIFROST_ALEMBIC_CONFIG", "BIFROST_ALEMBIC_PYTHON", "BIFROST_ENVIRONMENT"}
 #: The images of docs/adopting.md.
-API, INIT = "registry.example/bifrost-api:1.4.0", "bifrost-bootstrap:1.4.0"
+API, INIT = "registry.example/bifrost-api:1.4.0", f"bifrost-bootstrap:{__version__}-1.4.0"
 SERVER = "python -m http.server"
 OWN_PACKAGES = "import alembic, sqlalchemy; print(alembic.__version__, sqlalchemy.__version__)"
 

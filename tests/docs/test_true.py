@@ -12,6 +12,7 @@ import click
 import pytest
 import yaml
 
+from bifrost_bootstrap import __version__
 from bifrost_bootstrap.celery import MIGRATE, WARM
 from bifrost_bootstrap.cli.commands import main
 from bifrost_bootstrap.errors import ExitCode
@@ -87,6 +88,25 @@ def test_commands_are_found_and_refused() -> None:
     for wrong in (["init", "--with-workers"], ["warm"], ["check", "--wait", "soon"]):
         with pytest.raises(click.ClickException):
             parse(wrong)
+
+
+@each
+def test_tags_name_our_version(document: Document) -> None:
+    """Each numbered tag of our image begins with our version; the version of the platform follows."""
+    tags = re.findall(r"\bbifrost-bootstrap(?::|, newTag: )(\d[\w.-]*)", document.text)
+    assert {tag.partition("-")[0] for tag in tags} <= {__version__}
+
+
+def test_the_tag_of_the_readme_is_found() -> None:
+    """The positive control of the test above: both documents that speak of a built image have tags."""
+    for name in ("README.md", "docs/adopting.md"):
+        assert f"bifrost-bootstrap:{__version__}-" in (CHECKOUT / name).read_text()
+
+
+def test_the_changelog_has_our_version() -> None:
+    """The newest version of the changelog is ours; before the first release there is none."""
+    versions = re.findall(r"^## \[(\d.*?)\]", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[:1] in ([], [__version__])
 
 
 @each

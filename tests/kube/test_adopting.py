@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from bifrost_bootstrap import __version__
 from bifrost_bootstrap.settings import Settings, duration
 from tests.compose.stack import CHECKOUT, run
 from tests.docs.documents import fence
@@ -18,7 +19,7 @@ from tests.kube.manifests import Manifest, kubectl, named, pod_of, read
 PLATFORM = CHECKOUT / "tests/kube/platform"
 COMPONENT = CHECKOUT / "deploy/platform"
 EXAMPLES = CHECKOUT / "deploy/kubernetes"
-IMAGE, API = "registry.example/bifrost-bootstrap:1.4.0", "ghcr.io/gobifrost/bifrost-api:1.4.0"
+IMAGE, API = f"registry.example/bifrost-bootstrap:{__version__}-1.4.0", "ghcr.io/gobifrost/bifrost-api:1.4.0"
 #: In CI it is a failure: tools/test-servers installs it.
 pytestmark = pytest.mark.skipif(bool(kubectl()) and not os.environ.get("CI"), reason=kubectl())
 

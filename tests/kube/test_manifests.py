@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from bifrost_bootstrap import __version__
 from bifrost_bootstrap.cli.commands import main
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.settings import Settings, duration
@@ -108,7 +109,7 @@ def test_the_overlay_of_the_page(tmp_path: Path) -> None:
     assert result.stderr == ""
     manifests = list(yaml.safe_load_all(result.stdout))
     used = {container["image"] for _, pod in pods(manifests) for container in containers(pod)}
-    assert used == {"registry.example/bifrost-bootstrap:1.4.0", "registry.example/bifrost-api:1.4.0"}
+    assert used == {f"registry.example/bifrost-bootstrap:{__version__}-1.4.0", "registry.example/bifrost-api:1.4.0"}
     settings = named(manifests, "ConfigMap", OURS)
     assert settings["data"]["BIFROST_ALEMBIC_CONFIG"] == "/srv/api/alembic.ini"
     before = named(built("base"), "ConfigMap", OURS)
