@@ -149,7 +149,7 @@ def _read_readiness(settings: Settings, tree: Tree, deadline: Deadline, away: Aw
         return None
 
 
-def _server_probes(settings: Settings) -> dict[str, waiting.Look]:
+def _server_probes(settings: Settings) -> dict[str, waiting.Probe]:
     def probe_redis() -> None:
         with redis_server.connect(settings.redis, answer_timeout=waiting.PROBE_TIMEOUT) as client:
             client.ping()

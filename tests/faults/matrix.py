@@ -65,7 +65,7 @@ def reach(deployment: Deployment, cell: Cell) -> Command:
         deployment.start_worker()
         _held_back(deployment, cell).refuse()
         init = deployment.start_init()
-        init.wait_for("waiting for it")
+        init.wait_for("waiting for a server")
         return init
     if cell.phase == "queued":
         # A worker that is hit holds the message, and has not read it.

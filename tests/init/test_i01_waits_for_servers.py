@@ -28,10 +28,12 @@ def test_i01_waits_for_every_server_and_a_worker(deployment: Deployment) -> None
         line.refuse()
     init = deployment.start_init("--json")
     for name, line in (("PostgreSQL", lines.postgres), ("Redis", lines.redis), ("RabbitMQ", lines.rabbitmq)):
-        init.wait_for(rf"waiting for it: {name} 127\.0\.0\.1:{line.port}/\S+ is not available: .+ \(\d+s of 180s\)")
+        init.wait_for(
+            rf"waiting for a server: {name} 127\.0\.0\.1:{line.port}/\S+ is not available: .+ \(\d+s of 180s\)"
+        )
     for name, line in (("RabbitMQ", lines.rabbitmq), ("PostgreSQL", lines.postgres), ("Redis", lines.redis)):
         line.heal()
-        init.wait_for(rf"{name} 127\.0\.0\.1:{line.port}/\S+ is there after")
+        init.wait_for(rf"{name} 127\.0\.0\.1:{line.port}/\S+ is available after")
     init.wait_for("no bootstrap worker")
     deployment.start_worker()
     done = init.wait()
@@ -45,20 +47,20 @@ def test_i01_waits_for_every_server_and_a_worker(deployment: Deployment) -> None
 
 
 def test_i01_says_it_at_a_steady_pace(caplog: pytest.LogCaptureFixture) -> None:
-    """However often init looks at a server that is away, it says so once in each interval."""
-    looks = 0
+    """However often init probes a server that is away, it logs it once in each interval."""
+    probes = 0
 
-    def look() -> None:
-        nonlocal looks
-        looks += 1
-        if looks < 6:
+    def probe() -> None:
+        nonlocal probes
+        probes += 1
+        if probes < 6:
             raise UnavailableError("a server", "not there")
 
     caplog.set_level("INFO")
-    waited = waiting.wait_for({"a server": look}, Deadline(60))
+    waited = waiting.wait_for({"a server": probe}, Deadline(60))
     assert [item.server for item in waited] == ["a server"]
-    assert len(re.findall("waiting for it", caplog.text)) == 1
-    assert looks == 6
+    assert len(re.findall("waiting for a server", caplog.text)) == 1
+    assert probes == 6
 
 
 def test_i01_a_server_that_is_away_until_the_deadline_is_69(deployment: Deployment) -> None:
@@ -75,38 +77,38 @@ def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deploy
     deployment.stack.init_lines.postgres.cut()
     deployment.stack.init_lines.redis.refuse()
     init = deployment.start_init(timeout="20s")
-    init.wait_for("waiting for it: Redis")
-    init.wait_for("waiting for it: PostgreSQL")
+    init.wait_for("waiting for a server: Redis")
+    init.wait_for("waiting for a server: PostgreSQL")
     assert init.wait().returncode == 69
 
 
 @pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> float:
+def rejection_timeout(monkeypatch: pytest.MonkeyPatch) -> float:
     """Shorter than the 30 s that the program has; seconds."""
     monkeypatch.setattr(deadline, "REJECTION_TIMEOUT", 1.5)
     return 1.5
 
 
 def login(url: str) -> Callable[[], None]:
-    """A look at PostgreSQL."""
+    """A probe of PostgreSQL."""
 
-    def look() -> None:
+    def probe() -> None:
         with postgres.connect(parse_postgres(url), "test"):
             pass
 
-    return look
+    return probe
 
 
-def test_i01_a_refused_login_may_become_right(deployment: Deployment, patience: float) -> None:
-    """The patience with a refusal begins with the refusal, however long the server was away before."""
+def test_i01_a_refused_login_may_become_right(deployment: Deployment, rejection_timeout: float) -> None:
+    """The time for a rejection begins with the rejection, however long the server was away before."""
     line = deployment.stack.init_lines.postgres
     url = line.through(deployment.database.url).replace("bifrost:", f"late_{deployment.database.name}:", 1)
     role = sql.Identifier(f"late_{deployment.database.name}")
     line.refuse()
-    away = Deadline(2 * patience)
+    away = Deadline(2 * rejection_timeout)
     refusals = 0
 
-    def look() -> None:
+    def probe() -> None:
         nonlocal refusals
         if away.passed:
             line.heal()
@@ -121,19 +123,19 @@ def test_i01_a_refused_login_may_become_right(deployment: Deployment, patience: 
             raise
 
     try:
-        assert waiting.wait_for({"PostgreSQL": look}, Deadline(60))
+        assert waiting.wait_for({"PostgreSQL": probe}, Deadline(60))
     finally:
         with deployment.stack.postgres.admin() as admin:
             admin.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(role))
     assert refusals == 2
 
 
-def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, patience: float) -> None:
-    """A refusal that lasts longer than the patience is the error, long before the deadline."""
+def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, rejection_timeout: float) -> None:
+    """A rejection that lasts is the error, long before the deadline."""
     deadline = Deadline(60)
     with pytest.raises(RefusedError, match="nobody"):
         waiting.wait_for({"PostgreSQL": login(deployment.database.url.replace("bifrost:", "nobody:", 1))}, deadline)
-    assert patience < deadline.elapsed
+    assert rejection_timeout < deadline.elapsed
     assert not deadline.passed
 
 
@@ -153,7 +155,7 @@ def test_i01_a_silent_redis_is_69(deployment: Deployment) -> None:
     line = deployment.stack.init_lines.redis
     line.cut()
     init = deployment.start_init(timeout="15s")
-    waiting_line = init.wait_for(r"waiting for it: Redis \S+ is not available: .* \((\d+)s of 15s\)")
+    waiting_line = init.wait_for(r"waiting for a server: Redis \S+ is not available: .* \((\d+)s of 15s\)")
     assert int(waiting_line[1]) < 10
     done = init.wait()
     assert done.returncode == 69
@@ -208,11 +210,11 @@ sys.exit(cli.run(["init", "--timeout", "2s"]))
 def test_i01_a_foreign_error_of_a_look_is_not_swallowed() -> None:
     """What is no fault of a server, a bug for instance, ends the wait at once."""
 
-    def look() -> None:
+    def probe() -> None:
         raise psycopg.ProgrammingError("a bug")
 
     with pytest.raises(psycopg.ProgrammingError):
-        waiting.wait_for({"a server": look}, Deadline(60))
+        waiting.wait_for({"a server": probe}, Deadline(60))
 
 
 def test_i01_an_earlier_error_says_more_than_no_answer_yet() -> None:

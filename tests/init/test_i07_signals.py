@@ -44,7 +44,7 @@ def test_i07_while_a_server_is_silent(deployment: Deployment, name: str) -> None
     other = deployment.stack.init_lines.redis if name == "postgres" else deployment.stack.init_lines.postgres
     other.refuse()
     init = deployment.start_init()
-    init.wait_for("waiting for it")
+    init.wait_for("waiting for a server")
     init.send_signal(signal.SIGTERM)
     assert init.wait(AT_ONCE).returncode == 143
 

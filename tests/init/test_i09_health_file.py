@@ -74,7 +74,7 @@ def test_i09_a_worker_lives_that_starts_before_its_broker(deployment: Deployment
     environment = deployment.environment(deployment.stack.worker_lines)
     command = [sys.executable, "-m", "bifrost_bootstrap", "worker"]
     worker = deployment.commands.start(command, env=environment, cwd=deployment.folder)
-    worker.wait_for("waiting for it: RabbitMQ")
+    worker.wait_for("waiting for a server: RabbitMQ")
     assert_lives(health)
     assert worker.running
 
