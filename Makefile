@@ -6,7 +6,7 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 # pytest's own options, for instance: make test PYTEST_ARGS='-k lock -x'
 PYTEST_ARGS ?=
-# How often `make race` repeats the races, and the other migration tests.
+# How often `make race` repeats the tests marked `race`, and the other tests of M1 to M19.
 RACES ?= 20
 OTHERS ?= 3
 
@@ -22,7 +22,7 @@ demo: venv ## start private servers, load modules, run init twice, import a modu
 test: venv ## all tests but those below
 	tools/test-servers
 	# More processes than cores: most of a test is waiting for servers.
-	$(PYTHON) -m pytest -n 6 --dist worksteal -m "not faults and not race and not clusters" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 6 --dist worksteal -m "not faults and not slow and not race and not clusters" $(PYTEST_ARGS)
 	@$(PYTHON) -m tests.servers.versions
 
 .PHONY: test-pythons
@@ -56,15 +56,14 @@ test-compose: venv ## the Compose stack, as a user runs it (needs a container en
 	$(PYTHON) -m pytest --timeout=900 tests/compose $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: venv ## kill, cut and fill the servers while init runs, and what takes half a minute each
+test-faults: venv ## the fault matrix (kill, freeze, restart or cut every part while init runs), and the slow tests
 	tools/test-servers
-	$(PYTHON) -m pytest -n 4 --timeout=900 -m faults tests/faults tests/init tests/migration tests/integration tests/security \
-		tests/acceptance tests/warm tests/selftest $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 4 --timeout=900 -m "faults or slow" $(PYTEST_ARGS)
 
 .PHONY: test-clusters
 test-clusters: venv ## lose a node of RabbitMQ, PostgreSQL and Redis in every phase of init
 	tools/test-servers
-	$(PYTHON) -m pytest -n 2 --timeout=300 -m clusters tests/clusters $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n 2 --timeout=300 -m clusters tests/always_ends/clusters $(PYTEST_ARGS)
 
 .PHONY: test-kube
 test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)
@@ -85,7 +84,7 @@ soak: venv ## live writers, restarts and re-warms, for a long time
 	$(PYTHON) -m pytest --timeout=0 tests/soak $(PYTEST_ARGS)
 
 .PHONY: race
-race: venv ## the tests that race processes against each other (RACES=20 times), the other migration tests (OTHERS=3)
+race: venv ## the tests that race processes against each other (RACES=20 times), the other tests of M1 to M19 (OTHERS=3)
 	tools/test-servers
 	@run=1; while [ $$run -le $(RACES) ]; do \
 		echo "race $$run of $(RACES)"; \
@@ -94,7 +93,7 @@ race: venv ## the tests that race processes against each other (RACES=20 times),
 	done
 	@run=1; while [ $$run -le $(OTHERS) ]; do \
 		echo "the other migration tests, $$run of $(OTHERS)"; \
-		$(PYTHON) -m pytest -q -x -n 2 -m "not race" tests/migration $(PYTEST_ARGS) || exit 1; \
+		$(PYTHON) -m pytest -q -x -n 2 -m "not race" -k "test_m0 or test_m1" $(PYTEST_ARGS) || exit 1; \
 		run=$$((run + 1)); \
 	done
 

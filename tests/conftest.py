@@ -57,6 +57,15 @@ SHARED_QUEUE = "bifrost.bootstrap"
 #: The program that is tested, as installed for this interpreter.
 BOOTSTRAP = (sys.executable, "-m", "bifrost_bootstrap")
 
+#: The other fixtures, for every folder. A module stands below those that it imports: pytest rewrites the assertions of
+#: a module only if it is not imported yet.
+pytest_plugins = (
+    "tests.setups.migration",  # tree, start_migrate, start_pool: the step `migrate` alone
+    "tests.setups.module_store",  # store, make_store: the rows and the cache of a warm
+    "tests.setups.stack",  # stack, deployment: init and worker on servers that a test may hit
+    "tests.setups.nodes",  # cluster_deployment: the same, with several nodes of each server
+)
+
 AnyServer = TypeVar("AnyServer", bound=Server)
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.acceptance.state import insert_modules, sha256
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
 from tests.docs.documents import DOCUMENTS, Block, Document
 from tests.servers import Database
+from tests.setups.state import insert_modules, sha256
 
 #: What stands before a command that is sent into a container.
 INTO_A_CONTAINER = (
@@ -37,7 +37,7 @@ END = "-- end of the command, exit code"
 WITH_SESSIONS = [one for one in DOCUMENTS if any(block.language == "console" for block in one.blocks)]
 
 
-class Deployment:
+class Situations:
     """A private database, Redis and RabbitMQ, and the situations that the documents speak of."""
 
     def __init__(self, database: Database, redis_url: str, folder: Path, init: Callable[[], None]) -> None:
@@ -102,21 +102,21 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment(database: Database, redis_url: str, tmp_path: Path, run_bootstrap: RunBootstrap) -> Deployment:
-    """This test's deployment; somebody has to start its worker."""
+def situations(database: Database, redis_url: str, tmp_path: Path, run_bootstrap: RunBootstrap) -> Situations:
+    """This test's situations; somebody has to start its worker."""
 
     def init() -> None:
         done = run_bootstrap("init")
         assert done.returncode == 0, done.stderr
 
-    return Deployment(database, redis_url, tmp_path, init)
+    return Situations(database, redis_url, tmp_path, init)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("document", WITH_SESSIONS, ids=lambda one: one.name)
 def test_sessions(
     document: Document,
-    deployment: Deployment,
+    situations: Situations,
     start_worker: StartWorker,
     run_command: RunCommand,
     bifrost_env: dict[str, str],
@@ -130,7 +130,7 @@ def test_sessions(
         if block.language != "console":
             continue
         if block.note:
-            deployment.prepare(block.note.removeprefix("session: "))
+            situations.prepare(block.note.removeprefix("session: "))
         session = commands_of(block)
         assert session, f"{block.where}: no line begins with the prompt"
         script = "exec 2>&1\n" + "".join(f"{inside(one)}\necho '{END}' $?\n" for one, _ in session)

@@ -207,7 +207,7 @@ def test_nothing_is_left_after_the_end(folder: Path, end: str) -> None:
     assert not leftovers(folder, used)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", [False, True], ids=["alone", "with a forked child that lives on"])
 def test_nothing_is_left_after_sigkill(folder: Path, fork: bool) -> None:
     """Servers whose caller was killed with SIGKILL end and take their folder and shared memory with them."""
@@ -224,7 +224,7 @@ def test_nothing_is_left_after_sigkill(folder: Path, fork: bool) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("stage", ["", "data/PG_VERSION", "data/global/pg_control", "data/postmaster.pid"])
 def test_nothing_is_left_when_it_ends_while_starting(folder: Path, stage: str, number: signal.Signals) -> None:
@@ -238,7 +238,7 @@ def test_nothing_is_left_when_it_ends_while_starting(folder: Path, stage: str, n
         wait_until_gone(folder, used)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_nothing_is_left_without_the_reaper(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where somebody killed the reaper, the end of the context stops the servers all the same."""
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

@@ -70,7 +70,7 @@ def wheels(built: Path) -> dict[str, Path]:
     return {"wheel": next(built.glob("*.whl")), "sdist": next((built / "unpacked").glob("*.whl"))}
 
 
-@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_it_works_on_its_own(wheels: dict[str, Path], kind: str, run_command: RunCommand, tmp_path: Path) -> None:
     """Installed by pip, the main job and Celery's own commands run in an empty folder with an empty environment."""
     place, empty = tmp_path / "place", tmp_path / "empty"

@@ -16,11 +16,11 @@ from urllib.parse import quote
 from psycopg import sql
 
 from tests.docs.documents import fence
-from tests.faults.stack import Deployment
 from tests.servers import PLANTED_PASSWORD
 from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
 from tests.servers.postgres import PROGRAM_FOLDERS
 from tests.servers.process import find_program
+from tests.setups.stack import Deployment
 
 USER = "bifrost_bootstrap"
 MIGRATE, READ = "bifrost_migrate", "bifrost_read"

@@ -17,7 +17,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from bifrost_bootstrap.celery import MIGRATE, WARM
 from tests.conftest import Outside, RunBootstrap, RunCommand, StartCommand, StartWorker
-from tests.faults.stack import Deployment
 from tests.security import browser as browsers
 from tests.security.flower import LOGIN, Flower, start_flower
 from tests.security.rights import no_rights
@@ -25,6 +24,7 @@ from tests.servers import Command, RunFolder, ServerMissing
 from tests.servers.leaks import leaks_in
 from tests.servers.process import wait_until
 from tests.servers.run_checks import lacks_server
+from tests.setups.stack import Deployment
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "deploy" / "monitoring" / "alerts.yml"

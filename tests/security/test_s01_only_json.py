@@ -13,7 +13,7 @@ import kombu
 import pytest
 
 from bifrost_bootstrap.celery import MIGRATE
-from tests.faults.stack import COMPLETE, Deployment
+from tests.setups.stack import COMPLETE, Deployment
 
 RESULT = "bifrost:bootstrap:celery-task-meta-"
 
@@ -107,7 +107,7 @@ def _ids(log: str) -> tuple[str, str]:
 
 
 # That of the progress takes a minute.
-@pytest.mark.parametrize("key", ["result", pytest.param("progress", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("key", ["result", pytest.param("progress", marks=pytest.mark.slow)])
 def test_s01_init_meets_a_result_that_is_not_json(
     deployment: Deployment, key: str, bomb: bytes, exploded: Path
 ) -> None:
@@ -134,7 +134,7 @@ def test_s01_init_meets_a_result_that_is_not_json(
     assert deployment.cache() == COMPLETE
 
 
-@pytest.mark.parametrize("kind", ["pickle", pytest.param("yaml", marks=pytest.mark.faults), "class of another module"])
+@pytest.mark.parametrize("kind", ["pickle", pytest.param("yaml", marks=pytest.mark.slow), "class of another module"])
 def test_s01_celery_result_of_something_that_is_not_ours(
     deployment: Deployment, kind: str, bomb: bytes, exploded: Path
 ) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from bifrost_bootstrap.celery import WARM
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
-from tests.faults.stack import COMPLETE, Deployment
 from tests.security.rights import MIGRATE, READ, USER, Rights, no_rights, without
+from tests.setups.stack import COMPLETE, Deployment
 
 CELERY = (sys.executable, "-m", "celery", "-A", "bifrost_bootstrap")
 
@@ -106,7 +106,7 @@ def run_with_one_right_too_few(
 INIT = ("init", "--with-worker", "--timeout", "90s")
 
 
-@pytest.mark.faults  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize(
     ("less", "command", "named"),
     [
@@ -133,7 +133,7 @@ def test_s02_without_events_only_flower_sees_less(rights: Rights, run_bootstrap:
     assert code == 0, said
 
 
-@pytest.mark.faults  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize(
     ("less", "named"),
     [
@@ -152,7 +152,7 @@ def test_s02_a_right_too_few_in_redis(rights: Rights, less: str, named: str, run
     assert code == 78, said
 
 
-@pytest.mark.faults  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize(
     ("less", "named"),
     [

@@ -30,7 +30,7 @@ def servers(run_folder: RunFolder, outside: Outside) -> Iterator[TlsServers]:
         lacks_server(missing, in_ci=outside.in_ci)
 
 
-@pytest.mark.parametrize("host", [pytest.param("127.0.0.1", marks=pytest.mark.faults), "localhost"])
+@pytest.mark.parametrize("host", [pytest.param("127.0.0.1", marks=pytest.mark.slow), "localhost"])
 def test_s03_everything_works_over_tls(
     servers: TlsServers,
     host: str,
@@ -107,7 +107,7 @@ def test_s03_a_ca_file_that_is_not_there(
 
 
 @pytest.mark.parametrize("server", VARIABLES)
-@pytest.mark.parametrize("fault", ["of_another_host", pytest.param("expired", marks=pytest.mark.faults)])
+@pytest.mark.parametrize("fault", ["of_another_host", pytest.param("expired", marks=pytest.mark.slow)])
 def test_s03_wrong_certificate(
     servers: TlsServers,
     server: str,

@@ -6,10 +6,10 @@ import subprocess
 import uuid
 from pathlib import Path
 
-from tests.faults.stack import Deployment
 from tests.servers import PLANTED_PASSWORD, RunFolder
 from tests.servers.leaks import leaks_in_processes
 from tests.servers.process import ProcessTree, wait_until
+from tests.setups.stack import Deployment
 
 
 def test_s04_no_secret_in_the_process_list(deployment: Deployment, run_folder: RunFolder) -> None:

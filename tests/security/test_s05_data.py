@@ -12,8 +12,8 @@ import pytest
 
 from bifrost_bootstrap import errors
 from bifrost_bootstrap.errors import BootstrapError
-from tests.faults.stack import PREFIX, Deployment
 from tests.servers import Command
+from tests.setups.stack import PREFIX, Deployment
 
 #: What would show if it were formatted, matched, or handed to a shell.
 PATHS = [
@@ -82,7 +82,7 @@ def test_s05_paths_are_data_from_load_to_check(deployment: Deployment, tmp_path:
 
 @pytest.mark.parametrize(
     "path",
-    [PATHS[0], pytest.param(PATHS[1], marks=pytest.mark.faults), PATHS[4]],
+    [PATHS[0], pytest.param(PATHS[1], marks=pytest.mark.slow), PATHS[4]],
     ids=["percent", "braces", "newline"],
 )
 def test_s05_paths_in_a_log_line(deployment: Deployment, path: str) -> None:
@@ -109,7 +109,7 @@ def test_s05_words_of_the_tree_are_data(deployment: Deployment, tmp_path: Path) 
     folder = tmp_path / "tree"
     (folder / "versions").mkdir(parents=True)
     (folder / "alembic.ini").write_text("[alembic]\nscript_location = %(here)s\n")
-    (folder / "env.py").write_text((Path(__file__).parents[1] / "faults" / "tree" / "env.py").read_text())
+    (folder / "env.py").write_text((Path(__file__).parents[1] / "trees" / "barriers" / "env.py").read_text())
     (folder / "versions" / "0001_odd.py").write_text(
         '"""Odd {0} %s {error} title"""\n'
         "import sqlalchemy as sa\n"

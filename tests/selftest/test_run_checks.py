@@ -237,7 +237,7 @@ def test_a_missing_server_skips_on_a_laptop_and_fails_in_ci(inner: Pytest, ci: s
     [
         pytest.param(signal.SIGINT, "redis", (), id="ctrl-c"),
         pytest.param(signal.SIGTERM, "postgres", (), id="sigterm"),
-        pytest.param(signal.SIGTERM, "redis", ("-n", "1"), id="sigterm-xdist", marks=pytest.mark.faults),
+        pytest.param(signal.SIGTERM, "redis", ("-n", "1"), id="sigterm-xdist", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "postgres", ("-n", "1"), id="sigkill-xdist"),
     ],
 )

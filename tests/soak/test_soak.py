@@ -15,10 +15,10 @@ import psycopg
 import pytest
 import redis
 
-from tests.faults.cells import CUT
-from tests.faults.stack import PREFIX, REVISIONS, SERVERS, Deployment, Stack
+from tests.always_ends.faults.cells import CUT
 from tests.servers import Command
 from tests.servers.process import wait_until
+from tests.setups.stack import PREFIX, REVISIONS, SERVERS, Deployment, Stack
 
 pytestmark = pytest.mark.soak
 

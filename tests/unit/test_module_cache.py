@@ -64,7 +64,7 @@ def test_what_is_a_hash(content_hash: str | None, wanted: str | None) -> None:
     ],
 )
 def test_what_redis_6_2_says_of_a_script(said: str, error: type[BootstrapError], named: str) -> None:
-    """Its words as 6.2.14 says them, amid others and with the line twice; tests/warm asks the servers that are here."""
+    """The error text of Redis 6.2.14, with its line number twice. test_w03 and test_w08 ask the installed servers."""
     words = f"Error running script (call to f_28bd368c): @user_script:2: @user_script: 2: {said} "
     with (
         pytest.raises(error, match=named),

@@ -2,7 +2,7 @@
 The names on which other people's scripts, dashboards and running containers depend.
 
 Expected values are written out here: a rename anywhere else makes this module fail. The fields of `--json` after a
-success are in tests/acceptance/test_json.py, which reads them from real runs.
+success are in tests/is_true/test_json.py, which reads them from real runs.
 """
 
 from __future__ import annotations

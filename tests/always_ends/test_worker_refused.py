@@ -1,0 +1,47 @@
+"""The worker as a process: how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import RunBootstrap, StartWorker
+
+
+@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.parametrize("change", ["password", "vhost"])
+def test_worker_that_the_broker_refuses(change: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
+    """A worker that RabbitMQ does not let in ends with 78 and the broker's words, not with 0."""
+    url = urlsplit(bifrost_env["BIFROST_RABBITMQ_URL"])
+    if change == "password":
+        wrong = url._replace(netloc=f"bifrost:another-word@{url.netloc.rpartition('@')[2]}")
+    else:
+        wrong = url._replace(path="/nowhere")
+    done = run_bootstrap("worker", env=bifrost_env | {"BIFROST_RABBITMQ_URL": wrong.geturl()}, timeout=60)
+    assert done.returncode == 78
+    assert done.stdout == ""
+    assert "RabbitMQ 127.0.0.1" in done.stderr
+    assert "another-word" not in done.stderr
+
+
+def test_worker_without_its_tree(run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], tmp_path: Path) -> None:
+    """A tree that is not there ends the worker as it ends a command: 78, a last line, a termination message."""
+    words = tmp_path / "termination-log"
+    env = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": "/absent/alembic.ini", "BIFROST_TERMINATION_LOG": str(words)}
+    done = run_bootstrap("worker", env=env)
+    assert done.returncode == 78
+    assert "/absent/alembic.ini" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].endswith("(exit 78)")
+    assert json.loads(words.read_text())["verdict"] == "configuration"
+
+
+def test_worker_that_is_told_to_stop(start_worker: StartWorker, bifrost_env: dict[str, str], tmp_path: Path) -> None:
+    """SIGTERM is how a worker ends: 0, and the verdict does not say that anything was ready."""
+    words = tmp_path / "termination-log"
+    done = start_worker(env=bifrost_env | {"BIFROST_TERMINATION_LOG": str(words)}).terminate()
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1].endswith("worker: it was told to stop (exit 0)")
+    assert json.loads(words.read_text())["verdict"] == "stopped"

@@ -1,0 +1,19 @@
+"""A warm in a process of its own that is killed at a point. Arguments: point, how often it is passed, LARGE_FILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from bifrost_bootstrap import settings
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.warm import step as warm_step
+from tests.setups.module_store import at
+
+if __name__ == "__main__":
+    point, number, large_fill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    warm_step.LARGE_FILL = large_fill
+    warm_step.BATCH_SIZE = 1  # a report after every module
+    report = at(point, lambda: os.kill(os.getpid(), signal.SIGKILL), number=number)
+    warm_step.warm(settings.load(needs=("database", "redis")), Deadline(60), report)

@@ -1,0 +1,132 @@
+"""W8: Redis that may evict, or has too little room, is warned about before; where it does not tell, that is noted."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bifrost_bootstrap.errors import WarmError
+from bifrost_bootstrap.warm import step as warm_step
+from bifrost_bootstrap.warm.step import COMPARING, SWITCHING
+from tests.servers import PLANTED_PASSWORD, RedisServer, RunFolder
+from tests.servers.leaks import PLANTED_PASSWORD_QUOTED
+from tests.setups.module_store import MakeStore, ModuleStore, at
+
+StartRedis = Callable[[RedisServer], RedisServer]
+
+
+@pytest.fixture
+def server(run_folder: RunFolder, start_server: StartRedis) -> RedisServer:
+    """A Redis with a limit of 100 MB."""
+    return start_server(RedisServer(run_folder, {"maxmemory": "100mb"}))
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What was logged so far."""
+    caplog.set_level(logging.INFO)
+    return lambda: caplog.text
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"), [("allkeys-lru", "entries and index"), ("volatile-ttl", "staged entries and those")]
+)
+def test_w08_policy_that_evicts(
+    make_store: MakeStore, server: RedisServer, told: Callable[[], str], policy: str, words: str
+) -> None:
+    """The warning names server, policy and what may go, and comes before anything is staged."""
+    store = make_store(server.url())
+    store.client.config_set("maxmemory-policy", policy)
+    store.put({"a.py": "x"})
+    before: list[str] = []
+    store.warm(at(COMPARING, lambda: before.append(told())))
+    assert f"may evict {words}" in before[0]
+    assert policy in before[0]
+    assert f"127.0.0.1:{server.port}" in before[0]
+
+
+def test_w08_no_warning_without_reason(make_store: MakeStore, server: RedisServer, told: Callable[[], str]) -> None:
+    """A limit that is large enough, with noeviction, is no reason for a word."""
+    store = make_store(server.url())
+    store.put({f"{n}.py": "x" * 1000 for n in range(100)})
+    store.warm()
+    assert "evict" not in told()
+    assert "maxmemory" not in told()
+
+
+def test_w08_too_little_room(
+    make_store: MakeStore, server: RedisServer, told: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm that needs more than is left is told with both numbers before, and then fails by Redis' own refusal."""
+    store = make_store(server.url())
+    store.put({f"{n}.py": chr(97 + n % 26) * 3_000_000 for n in range(40)})
+    there: list[list[bytes]] = []
+
+    def look(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.WARNING:
+            there.append([*store.own_keys(), *store.module_keys()])
+        return True
+
+    monkeypatch.setattr(warm_step.logger, "filters", [look])
+    with pytest.raises(WarmError, match="maxmemory"):
+        store.warm()
+    assert "this warm needs about 156.0 MB" in told()
+    assert "left below maxmemory" in told()
+    assert there == [[]], "nothing was written before"
+
+
+def test_w08_estimate_is_no_less_than_what_is_used(make_store: MakeStore, server: RedisServer) -> None:
+    """Small modules and large ones: the warm uses no more than the room that the warning is reckoned by."""
+    from bifrost_bootstrap.warm.step import ENTRY_BYTES, ENTRY_GROWTH
+
+    store = make_store(server.url())
+    lines = Path(inspect.getfile(subprocess)).read_text().splitlines(keepends=True)
+    modules = {f"pkg/module_{n}.py": "".join(lines[: n % 400]) for n in range(3000)}
+    store.put(modules)
+    used = store.client.info("memory")["used_memory_dataset"]
+    store.warm()
+    used = store.client.info("memory")["used_memory_dataset"] - used
+    estimate = sum(map(len, modules.values())) * ENTRY_GROWTH + ENTRY_BYTES * len(modules)
+    assert 0.6 * estimate < used <= estimate
+
+
+def test_w08_server_that_does_not_tell(make_store: MakeStore, server: RedisServer, told: Callable[[], str]) -> None:
+    """A user without the right to INFO warms all the same; that it could not be asked is a note."""
+    with server.client() as admin:
+        admin.acl_setuser(
+            "few",
+            enabled=True,
+            passwords=[f"+{PLANTED_PASSWORD}"],
+            keys=["*"],
+            categories=["+@all"],
+            commands=["-info"],
+        )
+    store = make_store(server.url().replace(f":{PLANTED_PASSWORD_QUOTED}@", f"few:{PLANTED_PASSWORD_QUOTED}@"))
+    store.put({"a.py": "x"})
+    store.warm()
+    store.assert_exact()
+    assert "does not tell its memory" in told()
+
+
+@pytest.mark.parametrize("end", [b":3.py", b"bifrost:bootstrap:plan:"])
+def test_w08_staged_entry_evicted(store: ModuleStore, end: bytes) -> None:
+    """A staged entry, or the plan, that is gone at the switch: all of it is refused, and the error says why."""
+    store.put({f"{n}.py": "1" for n in range(5)})
+    store.warm()
+    before = store.module_keys()
+    store.put({f"{n}.py": "2" for n in range(5)})
+
+    def evict() -> None:
+        gone = next(key for key in store.own_keys() if key.endswith(end) or key.startswith(end))
+        store.client.delete(gone)
+
+    with pytest.raises(WarmError, match=rf"evicted before the switch.*{end.decode()}"):
+        store.warm(at(SWITCHING, evict))
+    assert store.module_keys() == before
+    store.warm()
+    store.assert_exact()

@@ -1,0 +1,158 @@
+"""W11: a writer that has set its entry and not committed yet does not find the old row over its entry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Thread, Timer
+
+import psycopg
+import pytest
+
+from bifrost_bootstrap.migrate import tree_loading
+from bifrost_bootstrap.status import readiness
+from bifrost_bootstrap.warm import source as module_source
+from bifrost_bootstrap.warm.step import COMPARING, SWITCHING
+from tests.setups.module_store import ENTRY, UPSERT, ModuleStore, at, sha256
+
+PATH = "module.py"
+#: Seconds that a writer's request stays open after it has set the entry: longer than two passes of a warm.
+REQUEST = 1.5
+
+
+@pytest.fixture
+def stale(store: ModuleStore) -> ModuleStore:
+    """Row and entry have the first version, and another module is missing in the cache."""
+    store.put({PATH: "version = 1"})
+    store.warm()
+    store.put({"other.py": "x"})
+    return store
+
+
+@contextmanager
+def request(store: ModuleStore, path: str, content: str) -> Iterator[psycopg.Connection]:
+    """A request of the platform's API, open: the row is flushed, the entry is set, the commit is still to come."""
+    with store.database.connect() as connection:
+        connection.autocommit = False
+        connection.execute(UPSERT, (path, content, sha256(content)))
+        store.api_set(path, content)
+        yield connection
+
+
+def commit_later(connection: psycopg.Connection) -> Timer:
+    """Commit when the request has lasted as long as it lasts."""
+    timer = Timer(REQUEST, connection.commit)
+    timer.start()
+    return timer
+
+
+def test_w11_warm_beside_an_open_request(stale: ModuleStore) -> None:
+    """The warm ends with what the request has committed."""
+    with request(stale, PATH, "version = 2") as connection:
+        timer = commit_later(connection)
+        stale.warm()
+        timer.join()
+    assert stale.content(PATH) == "version = 2"
+    stale.assert_exact()
+
+
+def test_w11_open_delete(stale: ModuleStore) -> None:
+    """A request that deletes a module and has not committed yet: the entry does not come back for good."""
+    with stale.database.connect() as connection:
+        connection.autocommit = False
+        connection.execute("UPDATE workspace_files SET is_deleted = true WHERE path = %s", (PATH,))
+        stale.client.delete(ENTRY + PATH.encode())
+        stale.client.srem(b"bifrost:module:index", PATH)
+        timer = commit_later(connection)
+        stale.warm()
+        timer.join()
+    assert stale.content(PATH) is None
+    stale.assert_exact()
+
+
+def test_w11_request_that_rolls_back(stale: ModuleStore) -> None:
+    """The entry of a request that rolls back has gone when the warm ends."""
+    with request(stale, PATH, "version = 2") as connection:
+        timer = Timer(REQUEST, connection.rollback)
+        timer.start()
+        stale.warm()
+        timer.join()
+    assert stale.content(PATH) == "version = 1"
+    stale.assert_exact()
+
+
+@pytest.mark.parametrize("point", [COMPARING, SWITCHING])
+def test_w11_request_that_begins_in_the_first_pass(stale: ModuleStore, point: str) -> None:
+    """A request that sets its entry between the reading of the cache and the snapshot, or before the switch."""
+    with ExitStack() as stack:
+        timers: list[Timer] = []
+
+        def begin() -> None:
+            timers.append(commit_later(stack.enter_context(request(stale, PATH, "version = 2"))))
+
+        stale.warm(at(point, begin))
+        timers[0].join()
+    assert stale.content(PATH) == "version = 2"
+    stale.assert_exact()
+
+
+def test_w11_last_look_of_init(stale: ModuleStore) -> None:
+    """An earlier warm put the old row over the entry; while the request is open, nobody says that all is well."""
+    stale.warm()
+    settings = stale.settings
+    with stale.database.connect() as connection:
+        connection.autocommit = False
+        connection.execute(UPSERT, (PATH, "version = 2", sha256("version = 2")))
+        timer = commit_later(connection)
+        found = readiness.read_readiness(settings, tree_loading.load(settings), compare=30, await_open=True)
+        timer.join()
+    assert found.diff is not None
+    assert found.diff.changed == [PATH.encode()]
+
+
+def test_w11_bounded_and_named(
+    stale: ModuleStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session that somebody forgot keeps no warm from ending, and the log says whose it is."""
+    monkeypatch.setattr("bifrost_bootstrap.warm.step.WRITER_WAIT", 1.5)
+    with request(stale, PATH, "version = 2") as connection, caplog.at_level(logging.INFO):
+        connection.execute("SET application_name = 'forgotten'")
+        stale.warm()
+    said = [record.getMessage() for record in caplog.records]
+    assert any("waiting for transactions that have written modules" in line and "forgotten" in line for line in said)
+    assert any("still open, not waiting any longer" in line and "forgotten" in line for line in said)
+
+
+def test_w11_others_are_not_waited_for(stale: ModuleStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Readers, row locks and writers of another table do not hold a warm up."""
+    stale.database.execute("CREATE TABLE notes (id int)")
+    with stale.database.connect() as connection, caplog.at_level(logging.INFO):
+        connection.autocommit = False
+        connection.execute("SELECT * FROM workspace_files FOR UPDATE")
+        connection.execute("INSERT INTO notes VALUES (1)")
+        assert not readers_of(stale)
+        stale.warm()
+    assert "waiting for transactions" not in caplog.text
+
+
+def readers_of(store: ModuleStore) -> frozenset[module_source.OpenWriter]:
+    """The open writers that a warm would see now."""
+    with store.database.connect() as connection:
+        return module_source.open_writers(connection, module_source.WORKSPACE_FILES)
+
+
+def test_w11_many_requests(stale: ModuleStore) -> None:
+    """Requests that set first and commit later, one after the other while a warm runs: the last version stands."""
+
+    def write() -> None:
+        for number in range(2, 30):
+            with request(stale, PATH, f"version = {number}") as connection:
+                connection.commit()
+
+    writer = Thread(target=write)
+    writer.start()
+    stale.warm()
+    writer.join()
+    stale.warm()
+    stale.assert_exact()

@@ -1,0 +1,62 @@
+"""M2: a concurrent index build waits for every older snapshot, so nobody who waits for the lock may hold one."""
+
+from __future__ import annotations
+
+import pytest
+
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.migrate import lock
+from bifrost_bootstrap.migrate.blockers import BlockerWatch
+from bifrost_bootstrap.urls import parse_postgres
+from tests.servers import Database
+from tests.setups.migration import (
+    Barrier,
+    StartMigrate,
+    Tree,
+    applied,
+    barrier,
+    concurrent_index,
+    index_states,
+    outcome,
+)
+
+
+@pytest.mark.race
+def test_m02_index_is_built_while_five_wait(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A revision builds an index concurrently while five others wait for the migration lock, whatever the isolation
+    level that the database has by default.
+    """
+    tree.revision("one").revision("two", concurrent_index("ix_two", before=barrier()))
+    database.execute(f'ALTER DATABASE "{database.name}" SET default_transaction_isolation = "repeatable read"')
+    with Barrier(database) as stop:
+        first = start_migrate()
+        stop.reached()
+        others = [start_migrate() for _ in range(5)]
+        for other in others:
+            other.wait_for("waiting for the migration lock, held by bifrost-bootstrap migration-lock")
+        stop.release()
+        done = [outcome(step) for step in (first, *others)]
+
+    assert [one.code for one in done] == [0] * 6
+    assert done[0].applied == ["one", "two"]
+    assert all(one.applied == [] for one in done[1:])
+    assert applied(database) == {"one": 1, "two": 1}
+    assert index_states(database) == {"ix_two": True}
+
+
+def test_m02_looks_on_the_locks_connection_leave_no_snapshot(database: Database) -> None:
+    """When the runner begins, and after each look at who is in its way, the lock's session holds no snapshot."""
+    url = parse_postgres(database.url)
+
+    def snapshot() -> object:
+        query = "SELECT backend_xmin::text FROM pg_stat_activity WHERE pid = %s"
+        return database.execute(query, (held.proof.pid,))[0][0]
+
+    with lock.hold(url, Deadline(10), lambda _what: None) as held:
+        assert snapshot() is None
+        with held.borrowed_connection() as connection:
+            BlockerWatch(url).read_blockers(connection)
+            assert snapshot() is not None  # the control
+        assert snapshot() is None
+        assert held.end_runners() == []
+        assert snapshot() is None
