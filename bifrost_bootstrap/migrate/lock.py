@@ -3,7 +3,7 @@ The migration lock: at most one runner a database, behind a pooler in transactio
 
 A transaction-level advisory lock on a connection of its own, idle in READ COMMITTED, which holds no snapshot
 (so concurrent index builds do not wait for it) and stays on its server connection until it ends. Every
-transaction of the runner bears a second lock, shared (`runner_script.py`), and every statement outside one a
+transaction of the runner bears a second lock, shared (`script/`), and every statement outside one a
 comment: by these a new holder finds what a runner that lost the first lock has left in the server. None of it
 can be recorded any more, so he ends it before he starts.
 """
@@ -59,7 +59,7 @@ _HOLDERS = """
     WHERE locktype = 'advisory' AND granted AND classid::int8 = %s AND objid::int8 = %s AND objsubid = 2
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-#: Begins every statement of a runner outside a transaction (`runner_script.py`).
+#: Begins every statement of a runner outside a transaction (`script/`).
 TAG = "/* bifrost-bootstrap autocommit */"
 #: The sessions in which a runner is at work. Parameters: class, key, pattern of the comment.
 RUNNERS = f"""

@@ -21,7 +21,7 @@ from bifrost_bootstrap.migrate.tree import Alembic
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = Path(__file__).with_name("runner_script.py")
+PROGRAM = Path(__file__).with_name("script") / "__main__.py"
 #: Seconds for the tree's Alembic to import and answer one request; imports take 0.4 to 2 s.
 ASK_TIMEOUT = 60.0
 
@@ -33,7 +33,7 @@ LAST_WORDS = 1.0
 
 class Child:
     """
-    `runner_script.py` under the tree's interpreter, until the block ends; then nothing is left of its process group.
+    `script/` under the tree's interpreter, until the block ends; then nothing is left of its process group.
 
     request: what it is to do. variables: for its environment. output: the last lines that the tree printed.
 
@@ -112,7 +112,7 @@ class Child:
 
 def ask(alembic: Alembic, request: Mapping[str, Any], **variables: str) -> dict[str, Any]:
     """
-    The answer of the tree's own Alembic to one request, in its own process (`runner_script.py`).
+    The answer of the tree's own Alembic to one request, in its own process (`script/`).
 
     Where it fails, the answer has a `message` and nothing else that was asked for. variables: for its environment.
 

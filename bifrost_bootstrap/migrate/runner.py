@@ -107,29 +107,41 @@ class _Run:
         self.last: Applied | None = None
         self.failure: dict[str, Any] | None = None
         self.revision = ""
+        self.title = ""
         self.total = 0
         self.ended = False
 
     def on_event(self, event: dict[str, Any]) -> None:
-        self.revision = event.get("revision", self.revision)
         match event["event"]:
             case "plan":
                 self.total = len(event["revisions"])
             case "begin":
                 self.take_last()
+                self.revision = event["revision"]
+                self.title = event["title"]
                 logger.info("revision %s begins: %s", event["revision"], event["title"])
                 note = f"{event['revision']} {event['title']}"
                 self.report(Progress("migrate", len(self.applied), self.total, "revisions", note))
             case "applied":
-                title = self.tree.revisions[event["revision"]].title
-                self.last = Applied(event["revision"], title, event["seconds"])
+                self.last = Applied(event["revision"], self.title, event["seconds"])
             case "healed":
                 logger.warning("dropped the INVALID index %s that an interrupted build had left", event["index"])
             case "done":
                 self.take_last()
                 self.ended = True
             case "error":
-                self.failure = event
+                self.failure = self._add_revision(event)
+
+    def _add_revision(self, error: dict[str, Any]) -> dict[str, Any]:
+        """Say of an error which revision was running; once it is recorded, only its commit can fail."""
+        unreachable = not self.revision and error.get("unreachable", False)
+        return {
+            **error,
+            "revision": self.revision,
+            "title": self.title,
+            "statement": "COMMIT" if self.last else error.get("statement", ""),
+            "disconnected": error.get("disconnected", False) or unreachable,
+        }
 
     def take_last(self) -> None:
         """Something came after it: where each revision has a transaction of its own, it is committed."""

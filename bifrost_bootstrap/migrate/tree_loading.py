@@ -17,7 +17,7 @@ from bifrost_bootstrap.migrate.tree_source import read_source, script_location, 
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 
-#: What stands for the schema of a version table where the search path leads to none yet (`runner_script.py`).
+#: What stands for the schema of a version table where the search path leads to none yet (`script/`).
 NOWHERE = "(no schema)"
 _VERSION_TABLES: dict[tuple[Alembic, str], tuple[str, ...]] = {}
 BUILTIN = Path(__file__).parents[1] / "migrations" / "alembic.ini"

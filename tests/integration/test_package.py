@@ -21,7 +21,8 @@ TIMEOUT = 100
 NEEDED = {
     "celeryconfig.py",
     "bifrost_bootstrap/py.typed",
-    "bifrost_bootstrap/migrate/runner_script.py",
+    "bifrost_bootstrap/migrate/script/__main__.py",
+    "bifrost_bootstrap/migrate/script/program.py",
     "bifrost_bootstrap/migrations/alembic.ini",
     "bifrost_bootstrap/migrations/env.py",
     "bifrost_bootstrap/migrations/versions/0001_workspace_files.py",

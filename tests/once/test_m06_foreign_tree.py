@@ -74,7 +74,7 @@ def test_m06_run_after_run_in_one_worker(
     tree.revision("three", 'raise RuntimeError("not today")')
     start_command([*CELERY, "call", "bifrost.bootstrap.migrate"], env=env).wait()
     worker.wait_for(r"revision three \(Revision three\) failed: RuntimeError: not today")
-    assert not [child for child in worker.descendants() if "runner_script" in " ".join(child.cmdline())]
+    assert not [child for child in worker.descendants() if "migrate/script" in " ".join(child.cmdline())]
     assert json.loads(init.stdout)["migrate"]["applied"][0]["title"] == "Revision one"
 
 
@@ -125,3 +125,19 @@ def test_m06_interpreter_without_alembic(
     assert "No module named 'alembic'" in done.facts["message"]
     assert "trying again" not in done.log
     assert database.execute("SELECT to_regclass('alembic_version')::text") == [(None,)]
+
+
+def test_m06_modules_of_the_tree_are_its_own(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """Modules of the tree with the names of ours are the tree's, and our folder is not on its import path."""
+    names = ("events", "drivers", "upgrade", "lock", "celery")
+    for name in names:
+        (tree.folder / f"{name}.py").write_text('WHOSE = "the tree\'s"\n')
+    imports = "".join(f'import {name}\nassert {name}.WHOSE == "the tree\'s"\n' for name in names)
+    env = tree.folder / "env.py"
+    path = (
+        f"sys.path.insert(0, {str(tree.folder)!r})\nassert not [one for one in sys.path if 'migrate/script' in one]\n"
+    )
+    env.write_text(f"import sys\n{path}{imports}{env.read_text()}")
+    tree.revision("one")
+    assert outcome(start_migrate()).code == 0
+    assert applied(database) == {"one": 1}

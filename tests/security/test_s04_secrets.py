@@ -18,7 +18,7 @@ def test_s04_no_secret_in_the_process_list(deployment: Deployment, run_folder: R
     init = deployment.start_init(own=True)
     deployment.wait_reached("migrating")
     lines = [" ".join(process.cmdline()) for process in init.descendants()]
-    assert any("runner_script" in line for line in lines), lines
+    assert any("migrate/script" in line for line in lines), lines
     assert sum("bifrost_bootstrap worker" in line for line in lines) >= 2, lines
     assert not list(leaks_in_processes(run_folder.root.name))
     deployment.release()

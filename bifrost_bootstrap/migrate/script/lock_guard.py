@@ -1,0 +1,93 @@
+"""Listens to SQLAlchemy's engine events, and keeps everything that the tree runs under the migration lock."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+
+from . import asyncpg_autocommit
+from .drivers import ask, is_autocommit, prepare_connecting, run
+from .events import Events
+from .runner_lock import RunnerLock
+from .statements import find_concurrent_index, quote_literal
+from .transaction_guard import TransactionGuard
+
+
+class LockGuard:
+    """
+    Hands each transaction to `TransactionGuard`, and each statement outside one over with a check and a comment.
+
+    Connections to other databases are left alone. request: its field `tag` is the comment; `leftover` is the condition
+    on `pg_index i` for an INVALID index that no session is building.
+    """
+
+    def __init__(self, request: dict[str, Any], events: Events) -> None:
+        self.lock = RunnerLock(request)
+        self.transactions = TransactionGuard(self.lock)
+        self._tag = request["tag"]
+        self._leftover = request["leftover"]
+        self._events = events
+
+    def listen(self) -> None:
+        event.listen(Engine, "do_connect", prepare_connecting)
+        event.listen(Engine, "begin", self.on_begin)
+        event.listen(Engine, "commit", self.on_commit)
+        event.listen(Engine, "before_cursor_execute", self.before_execute, retval=True)
+        for name, method in (("do_execute", "_prepare_and_execute"), ("do_executemany", "_executemany")):
+            event.listen(Engine, name, partial(asyncpg_autocommit.run_statement, self.lock, method))
+        event.listen(Engine, "after_cursor_execute", self.after_execute)
+
+    def on_begin(self, connection: Connection) -> None:
+        if not self.lock.find_other_database(connection):
+            self.transactions.on_begin(connection)
+
+    def on_commit(self, connection: Connection) -> None:
+        if not self.lock.find_other_database(connection):
+            self.transactions.on_commit(connection)
+
+    def before_execute(
+        self, connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
+    ) -> tuple[str, Any]:
+        if self.lock.find_other_database(connection):
+            return statement, parameters
+        self.transactions.before_statement(connection, statement)
+        if not is_autocommit(connection):
+            return statement, parameters
+        self.lock.assert_migration_lock_held(connection)
+        self.drop_invalid_index(connection, statement)
+        return f"{self._tag} {statement}", parameters
+
+    def after_execute(
+        self, connection: Connection, _cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
+    ) -> None:
+        """Build again if IF NOT EXISTS has waited for another session's build, which then failed, and skipped ours."""
+        if self.lock.find_other_database(connection) or not is_autocommit(connection):
+            return
+        while self.drop_invalid_index(connection, statement):
+            self.lock.assert_migration_lock_held(connection)
+            run(connection, statement)
+
+    def drop_invalid_index(self, connection: Connection, statement: str) -> bool:
+        """
+        Drop the INVALID index that an interrupted build of this statement has left, and that no session is building.
+
+        Returns whether there was one. False for a statement that builds no index concurrently.
+        """
+        build = find_concurrent_index(statement)
+        if not build:
+            return False
+        name = build["index"]
+        name = name[1:-1].replace('""', '"') if name.startswith('"') else name.lower()
+        found = ask(
+            connection,
+            "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+            f" WHERE c.relname = {quote_literal(name)} AND i.indrelid = to_regclass({quote_literal(build['table'])})"
+            f" AND {self._leftover}",
+        )
+        if found:
+            run(connection, f"{self._tag} DROP INDEX CONCURRENTLY {found[0]}")
+            self._events.send("healed", index=found[0])
+        return bool(found)
