@@ -1,8 +1,8 @@
 """
 The settings: the only reader of the environment.
 
-Each field of `Settings` is one variable, `BIFROST_` + its name in capitals. `load` reads them as a whole and
-reports all faults at once; nothing here connects to a server, and no setting defaults to one.
+Each field of `Settings` is one variable: `BIFROST_` and its name in capitals. `load` reads all of them and reports all
+faults in one error. Nothing here connects to a server, and no URL has a default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,24 +21,26 @@ from bifrost_bootstrap.redaction import remember_environment
 from bifrost_bootstrap.urls import PostgresUrl, parse_broker, parse_postgres, parse_redis
 
 PREFIX = "BIFROST_"
-#: Variables that serve without the prefix where the prefixed one is absent.
+#: Variables that are read without the prefix if the prefixed one is not set.
 UNPREFIXED = ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL")
-#: Where Kubernetes reads a container's last words.
+#: The file that Kubernetes reads a container's last message from.
 KUBERNETES_TERMINATION_LOG = Path("/dev/termination-log")
-#: The settings that say how and where to tell what is wrong with the others.
+#: The settings of the output. They are read before the others, whose faults are reported through them.
 OUTPUT_SETTINGS = ("log_format", "log_level", "termination_log")
-#: The trees of a working folder, and what is said where none is named either.
-INI, PYPROJECT = Path("alembic.ini"), Path("pyproject.toml")
+#: The files in the working folder that may configure a tree, in Alembic's order.
+INI = Path("alembic.ini")
+PYPROJECT = Path("pyproject.toml")
 NO_TREE = (
     "BIFROST_ALEMBIC_CONFIG is not set, nor ALEMBIC_CONFIG, and there is no alembic.ini in the working folder, "
     "nor a pyproject.toml with [tool.alembic]"
 )
-#: Seconds in the units that a duration may be written in.
+#: Seconds in each unit of a duration.
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = r"\d+(?:\.\d+)?"
 
 #: What a command may need: the URL of a server, or a tree.
 Need = Literal["database", "redis", "rabbitmq", "tree"]
-#: The fields of each server.
+#: The fields of each server. The first is the one that a command needs.
 SERVERS: dict[Need, tuple[str, ...]] = {
     "database": ("database_url", "migration_database_url"),
     "redis": ("redis_url",),
@@ -47,18 +49,31 @@ SERVERS: dict[Need, tuple[str, ...]] = {
 
 
 def duration(value: object) -> float:
-    """Seconds from `90`, `90s`, `5m`, `1h30m`. Raises ValueError with what is legal."""
+    """Seconds from `90`, `90s`, `5m`, `1h30m`. Raises ValueError with examples for anything else."""
     text = str(value).strip().lower()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(_NUMBER, text):
         return float(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
+    if not re.fullmatch(rf"({_NUMBER}(ms|[smhd]))+", text):
         raise ValueError("is no duration; write for example 90s, 5m or 1h30m")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(rf"({_NUMBER})(ms|[smhd])", text))
 
 
 def _postgres_url(value: object) -> object:
     return parse_postgres(value) if isinstance(value, str) else value
+
+
+def _redis_url(value: str) -> str:
+    parse_redis(value)
+    return value
+
+
+def _broker_url(value: str) -> str:
+    parse_broker(value)
+    return value
+
+
+def _kubernetes_termination_log() -> Path | None:
+    return KUBERNETES_TERMINATION_LOG if KUBERNETES_TERMINATION_LOG.exists() else None
 
 
 def _words(value: object) -> object:
@@ -67,58 +82,58 @@ def _words(value: object) -> object:
 
 Duration = Annotated[float, BeforeValidator(duration), Field(ge=0)]
 DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(_postgres_url), PlainSerializer(str)]
-RedisUrl = Annotated[str, AfterValidator(lambda url: parse_redis(url) and url)]
-#: redis:// is what `--embedded` uses; RabbitMQ is what is supported.
-BrokerUrl = Annotated[str, AfterValidator(lambda url: parse_broker(url) and url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+#: RabbitMQ is what is supported; `--embedded` uses its Redis.
+BrokerUrl = Annotated[str, AfterValidator(_broker_url)]
 
 
 class Settings(BaseModel):
-    """What one process was told. Durations are seconds. `repr` holds no secret."""
+    """The settings of one process. Durations are in seconds. The `repr` holds no secret."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    #: The database of the platform, also through a pooler: the warm reads it, `check` looks at it.
+    #: The database of the platform, through a pooler or not. The warm reads it, and so does `check`.
     database_url: DatabaseUrl | None = Field(default=None, repr=False)
-    #: A direct connection for migrations, where the former goes through a pooler. Default: the former.
+    #: A direct connection for migrations if the other URL goes through a pooler. Default: `BIFROST_DATABASE_URL`.
     migration_database_url: DatabaseUrl | None = Field(default=None, repr=False)
-    #: The module cache; Celery's result backend too, under a prefix of its own.
+    #: The module cache, and Celery's result backend under a prefix of its own.
     redis_url: RedisUrl | None = Field(default=None, repr=False)
     #: Celery's broker.
     rabbitmq_url: BrokerUrl | None = Field(default=None, repr=False)
 
-    #: The tree's `alembic.ini` or `pyproject.toml`, or `builtin`. Default: `ALEMBIC_CONFIG`, then either in `.`.
+    #: The tree's `alembic.ini` or `pyproject.toml`, or `builtin`. Default: `ALEMBIC_CONFIG`, else either in `.`.
     alembic_config: str | None = None
-    #: Section of that file with the tree's options, as `alembic --name` has it. Default: `alembic`.
+    #: Section of that file with the tree's options, as in `alembic --name`. Default: `alembic`.
     alembic_name: str | None = None
-    #: `key=value` pairs for env.py, as `alembic -x` has them, separated by blanks, quoted as for a shell.
+    #: `key=value` pairs for env.py, as in `alembic -x`, separated by blanks and quoted as for a shell.
     alembic_x: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    #: Interpreter that has the tree's own Alembic and SQLAlchemy. Default: ours.
+    #: Interpreter with the tree's own Alembic and SQLAlchemy. Default: the one that runs this program.
     alembic_python: str | None = None
-    #: Version table of the tree, `schema.table` where it is not on the search path.
+    #: Version table of the tree; `schema.table` if it is not on the search path.
     alembic_version_table: str = Field(default="alembic_version", pattern=r"^[^\s\"'.]+(\.[^\s\"'.]+)?$")
-    #: Start although the database is at a revision that this image does not have (rollback, rolling deploy).
+    #: Start even if the database is at a revision that this image does not have (rollback, rolling deploy).
     allow_ahead: bool = False
-    #: How long a statement of a transactional revision waits for a lock before it is retried.
+    #: How long a statement of a transactional revision waits for a lock before the revision is retried.
     migration_lock_timeout: Duration = 5.0
 
-    #: Table of the modules: `workspace_files`, `file_index`, or `none`; `auto` takes the first that is there.
+    #: Table of the modules: `workspace_files`, `file_index`, or `none`. `auto` takes the first that exists.
     module_source: Literal["auto", "workspace_files", "file_index", "none"] = "auto"
-    #: Time to live of cache entries; 0 is none. Default: none for `workspace_files`, 24 h for `file_index`.
+    #: Time to live of cache entries; 0 means none. Default: none for `workspace_files`, 24 h for `file_index`.
     module_cache_ttl: Duration | None = None
-    #: A lost cache is warmed again by a standing worker within this time, in which it looks twice; 0 turns that off.
+    #: A standing worker warms a lost cache again within this time. It checks the cache twice in it. 0 turns this off.
     cache_guard_interval: Duration = 60.0
 
-    #: The whole of `init`, and of a task that was called by hand.
+    #: Deadline of `init`, and of a task that is called by hand.
     init_timeout: Duration = 600.0
-    #: Set by `init --with-worker` for the worker it brings along: the only queue that it consumes.
+    #: The only queue that the worker of `init --with-worker` consumes. `init` sets it.
     run_queue: str | None = None
-    #: `text` or `json` (one object a line), on stderr.
+    #: Format of the log on stderr: `text`, or `json` (one object per line).
     log_format: Literal["text", "json"] = "text"
-    #: `DEBUG` shows tracebacks and what the tree prints.
+    #: `DEBUG` adds tracebacks and the output of the tree.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    #: Gets one JSON line with the verdict. Default: Kubernetes' own file where it exists.
-    termination_log: Path | None = None
-    #: Touched every few seconds by a worker that is alive.
+    #: File that gets one JSON line with the verdict. Default: that of Kubernetes, if it exists.
+    termination_log: Path | None = Field(default_factory=_kubernetes_termination_log)
+    #: File that a living worker touches every few seconds.
     worker_health_file: Path | None = None
 
     @property
@@ -140,47 +155,109 @@ class Settings(BaseModel):
 
 def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = None) -> Settings:
     """
-    Read the environment (default: the process's own).
+    Read the environment (default: that of the process).
 
-    Raises SettingsError with every fault: one of `needs` is missing, a value cannot be read, a variable and its
-    `_FILE` twin are both set, a file cannot be read. A value is never part of a message. The URL of a server that is
-    not in `needs` may be faulty; it then counts as not set.
+    Raises SettingsError with every fault: one of `needs` is not set, a value is not legal, a variable and its `_FILE`
+    twin are both set, a file cannot be read. No fault shows a value. If the URL of a server that is not in `needs` is
+    faulty, it counts as not set.
     """
     needs = set(needs)
-    values, faults = _read_all(os.environ if environment is None else environment)
-    faulty = {name for name, _ in faults}
-    faults += _missing(needs, values.keys() | faulty)
-    optional = {name for server, names in SERVERS.items() if server not in needs for name in names}
-    reported = [fault for name, fault in faults if name not in optional]
-    if reported:
-        raise SettingsError(reported)
-    return Settings.model_validate({name: value for name, value in values.items() if name not in faulty})
+    settings, faults = _read(environment)
+    for server, fields in SERVERS.items():
+        if server not in needs:
+            for field in fields:
+                faults.pop(field, None)
+        elif getattr(settings, fields[0]) is None:
+            name = fields[0].upper()
+            faults.setdefault(fields[0], f"{PREFIX}{name} is not set (nor {name}, nor their _FILE)")
+    if "tree" in needs and settings.alembic_config is None and not default_tree():
+        faults.setdefault("alembic_config", NO_TREE)
+    if faults:
+        raise SettingsError(list(faults.values()))
+    return settings
 
 
-def _missing(needs: Collection[Need], known: Collection[str]) -> list[tuple[str, str]]:
-    """(field, fault) for each of `needs` that has no value. known: the fields with a value or a fault."""
-    faults = []
-    if "tree" in needs and "alembic_config" not in known and not default_tree():
-        faults.append(("alembic_config", NO_TREE))
-    for server in SERVERS:
-        if server in needs and f"{server}_url" not in known:
-            fault = f"{PREFIX}{server.upper()}_URL is not set (nor {server.upper()}_URL, nor their _FILE)"
-            faults.append((f"{server}_url", fault))
-    return faults
+def fault_of(server: Need, environment: Mapping[str, str] | None = None) -> str:
+    """What is wrong with the URLs of a server that a command can do without; "" if nothing, or if none is set."""
+    _, faults = _read(environment)
+    return "; ".join(faults[field] for field in SERVERS[server] if field in faults)
+
+
+def load_output_settings(environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings of the output; a faulty one has its default, and `load` reports it. Raises nothing."""
+    settings, _ = _read(environment, OUTPUT_SETTINGS)
+    return settings
+
+
+def _read(
+    environment: Mapping[str, str] | None, fields: Iterable[str] = Settings.model_fields
+) -> tuple[Settings, dict[str, str]]:
+    """The settings without the faulty ones, and the fault of each field that has one."""
+    environment = os.environ if environment is None else environment
+    remember_environment(environment)
+    values: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    for field in fields:
+        try:
+            if value := _read_field(field, environment):
+                values[field] = value
+        except ValueError as error:
+            faults[field] = str(error)
+    if "alembic_config" not in values and environment.get("ALEMBIC_CONFIG"):
+        values["alembic_config"] = environment["ALEMBIC_CONFIG"]
+    return Settings.model_validate(values), faults
+
+
+def _read_field(field: str, environment: Mapping[str, str]) -> str:
+    """The legal text of a field; "" if it is not set. Raises ValueError with a fault that begins with the variable."""
+    name = field.upper()
+    for variable in (PREFIX + name, name) if name in UNPREFIXED else (PREFIX + name,):
+        value = _read_variable(variable, environment)
+        if not value:
+            continue
+        try:
+            Settings.model_validate({field: value})
+        except ValidationError as error:
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise ValueError(f"{variable} {reason.removeprefix('Value error, ')}") from None
+        return value
+    return ""
+
+
+def _read_variable(variable: str, environment: Mapping[str, str]) -> str:
+    """
+    The value of a variable, or of the file that its `_FILE` twin names; "" if neither is set.
+
+    Raises ValueError if both are set, and if the file is empty or cannot be read.
+    """
+    value = environment.get(variable, "")
+    file = environment.get(f"{variable}_FILE", "")
+    if not file:
+        return value
+    if value:
+        raise ValueError(f"{variable} and {variable}_FILE are both set; keep one")
+    try:
+        value = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise ValueError(f"{variable}_FILE names {file}, which cannot be read: {reason}") from None
+    if not value:
+        raise ValueError(f"{variable}_FILE names {file}, which is empty")
+    return value
 
 
 def default_tree() -> Path | None:
-    """The file in the working folder that Alembic takes by itself."""
+    """The file in the working folder that configures a tree, or None."""
     return next((file for file in (INI, PYPROJECT) if has_tree(file)), None)
 
 
 def has_tree(file: Path) -> bool:
-    """Whether this is an ini file, or a pyproject.toml with a table `tool.alembic`."""
+    """Whether this file is there and, if it is a pyproject.toml, has a table `tool.alembic`."""
     if not file.is_file():
         return False
     if file.name != PYPROJECT.name:
         return True
-    # Only here: importing it takes 6 ms, and hardly any working folder of a container has such a file.
+    # Imported here: it takes 6 ms, and hardly any working folder of a container has such a file.
     import tomllib
 
     try:
@@ -189,110 +266,36 @@ def has_tree(file: Path) -> bool:
         return False
 
 
-def fault_of(server: Need, environment: Mapping[str, str] | None = None) -> str:
-    """What is wrong with the URL of a server that a command can do without; "" where it is right, or not set."""
-    _, faults = _read_all(os.environ if environment is None else environment)
-    return "; ".join(fault for name, fault in faults if name in SERVERS[server])
-
-
-def _read_all(environment: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """The values by field, and (field, what is wrong with it)."""
-    remember_environment(environment)
-    faults: list[tuple[str, str]] = []
-    values: dict[str, str] = {}
-    sources: dict[str, str] = {}
-    for name in Settings.model_fields:
-        for variable in _variables(name):
-            value, fault = _read(variable, environment)
-            if fault:
-                faults.append((name, fault))
-            if value:
-                values[name], sources[name] = value, variable
-                break
-    if "alembic_config" not in values and environment.get("ALEMBIC_CONFIG"):
-        values["alembic_config"] = environment["ALEMBIC_CONFIG"]
-    values = _with_kubernetes(values)
-    return values, faults + _malformed(values, sources)
-
-
-def load_output_settings(environment: Mapping[str, str] | None = None) -> Settings:
-    """
-    How and where to tell: log format, log level, termination log; everything else is left out.
-
-    Raises nothing: what is wrong with one of them is for `load` to say, and must be said somehow.
-    """
-    environment = os.environ if environment is None else environment
-    remember_environment(environment)
-    values = {name: _read(PREFIX + name.upper(), environment)[0] for name in OUTPUT_SETTINGS}
-    legal = {name: value for name, value in values.items() if value and not _malformed({name: value}, {name: ""})}
-    return Settings.model_validate(_with_kubernetes(legal))
-
-
-def _with_kubernetes(values: dict[str, str]) -> dict[str, str]:
-    if KUBERNETES_TERMINATION_LOG.exists():
-        return {"termination_log": str(KUBERNETES_TERMINATION_LOG), **values}
-    return values
-
-
-def _variables(name: str) -> list[str]:
-    capitals = name.upper()
-    return [PREFIX + capitals, *([capitals] if capitals in UNPREFIXED else [])]
-
-
-def _read(variable: str, environment: Mapping[str, str]) -> tuple[str, str]:
-    """The value of a variable or of the file that `{variable}_FILE` names, and what is wrong with it."""
-    value, file = environment.get(variable, ""), environment.get(f"{variable}_FILE", "")
-    if value and file:
-        return "", f"{variable} and {variable}_FILE are both set; keep one"
-    if not file:
-        return value, ""
-    try:
-        value = Path(file).read_text(encoding="utf-8").strip()
-        return value, "" if value else f"{variable}_FILE names {file}, which is empty"
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        return "", f"{variable}_FILE names {file}, which cannot be read: {reason}"
-
-
-def _malformed(values: Mapping[str, str], sources: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(field, what is wrong with its value)."""
-    try:
-        Settings.model_validate(values)
-    except ValidationError as error:
-        faults = [
-            (str(fault["loc"][0]), fault["msg"]) for fault in error.errors(include_url=False, include_input=False)
-        ]
-        return [(name, f"{sources[name]} {text.removeprefix('Value error, ')}") for name, text in faults]
-    return []
-
-
 def child_environment(**changes: str) -> dict[str, str]:
-    """The process's environment with `changes`, for a process that we start; no `_FILE` twin tells it otherwise."""
-    return {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in changes} | changes
+    """The environment of this process with `changes`, for a child process. Their `_FILE` twins are left out."""
+    kept = {name: value for name, value in os.environ.items() if name.removesuffix("_FILE") not in changes}
+    return kept | changes
 
 
 def forget_celery_variables() -> None:
     """
-    Drop `CELERY_*` variables from this process.
+    Remove all `CELERY_*` variables from this process.
 
-    Celery prefers several of them to its configuration, so a stray one would send tasks to another broker.
+    Celery prefers some of them to its configuration, so a stray one would send tasks to another broker.
     """
-    for variable in [name for name in os.environ if name.startswith("CELERY_")]:
-        del os.environ[variable]
+    for name in list(os.environ):
+        if name.startswith("CELERY_"):
+            del os.environ[name]
 
 
 def use_embedded_servers(database_url: str, redis_url: str) -> list[str]:
     """
-    Point this process, and what it starts, at embedded servers; the broker is that Redis too.
+    Set the URLs of this process and its children to embedded servers. The broker is the same Redis.
 
-    Without a named tree it is the builtin one. Returns the variables of the environment that are ignored now.
+    If no tree is set, it is the builtin one. Returns the names of the variables that were set and are ignored.
     """
     ignored = []
-    for url in (*UNPREFIXED, "MIGRATION_DATABASE_URL"):
-        for variable in (PREFIX + url, url, f"{PREFIX}{url}_FILE", f"{url}_FILE"):
+    for name in (*UNPREFIXED, "MIGRATION_DATABASE_URL"):
+        for variable in (PREFIX + name, name, f"{PREFIX}{name}_FILE", f"{name}_FILE"):
             if os.environ.pop(variable, ""):
                 ignored.append(variable)
-    os.environ[f"{PREFIX}DATABASE_URL"] = database_url
-    os.environ[f"{PREFIX}REDIS_URL"] = os.environ[f"{PREFIX}RABBITMQ_URL"] = redis_url
-    os.environ.setdefault(f"{PREFIX}ALEMBIC_CONFIG", "builtin")
+    os.environ["BIFROST_DATABASE_URL"] = database_url
+    os.environ["BIFROST_REDIS_URL"] = redis_url
+    os.environ["BIFROST_RABBITMQ_URL"] = redis_url
+    os.environ.setdefault("BIFROST_ALEMBIC_CONFIG", "builtin")
     return ignored
