@@ -1,10 +1,11 @@
-"""Fixtures for all tests: private servers, a database per test, clean environments, started processes.
+"""Fixtures for all tests: servers, a database for each test, environments, processes.
 
-Servers are started when the first test wants them, once per run (per xdist worker), and shared: a test that
-kills, fills or reconfigures one takes its own with `start_server`.
-Where BIFROST_TEST_DATABASE_URL, BIFROST_TEST_REDIS_URL or BIFROST_TEST_RABBITMQ_URL is set, the shared server is that
-one; nothing else ever makes a test talk to a server that it has not started itself. BIFROST_TEST_REDIS_PROGRAM is the
-program of every private Redis.
+Each xdist worker starts a server when a test first needs it, and all its tests share it. A test that kills, fills or
+reconfigures a server starts its own with `start_server`.
+
+If BIFROST_TEST_DATABASE_URL, BIFROST_TEST_REDIS_URL or BIFROST_TEST_RABBITMQ_URL is set, the tests share that server
+instead. Without these variables, tests connect only to servers that they have started.
+BIFROST_TEST_REDIS_PROGRAM names the program of every private Redis.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ from tests.servers.command import DEFAULT_TIMEOUT, Commands
 from tests.servers.redis import DATABASES
 from tests.servers.run_checks import RunChecks, lacks_server, note_leaks_in_processes
 
-#: Variables that reach no test and no process of a test, by prefix and by name: what a developer has set for other
-#: purposes must not change a result.
+#: Variables that are removed from the environment of every test, by prefix and by name: the developer's shell must not
+#: change a result.
 FOREIGN_PREFIXES = ("BIFROST_", "CELERY_", "PG", "FLOWER_")
 FOREIGN_NAMES = tuple(
     f"{name}{suffix}"
     for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL", "ALEMBIC_CONFIG")
     for suffix in ("", "_FILE")
 )
-#: The line of a Celery worker that takes tasks.
+#: What a Celery worker logs when it can receive tasks.
 WORKER_READY = r"ready\."
-#: The queue of calls by hand: the only name that two tests on one virtual host would share.
+#: The queue of `celery call`: the only queue that two tests on the same virtual host would share.
 SHARED_QUEUE = "bifrost.bootstrap"
-#: The program that is tested, as installed for this interpreter.
+#: The program under test, as installed for this interpreter.
 BOOTSTRAP = (sys.executable, "-m", "bifrost_bootstrap")
 
 #: The other fixtures, for every folder. A module stands below those that it imports: pytest rewrites the assertions of
@@ -70,14 +71,14 @@ AnyServer = TypeVar("AnyServer", bound=Server)
 
 
 class Outside:
-    """What the environment of the whole run says, read before the environment of any test is cleaned."""
+    """The variables that configure the whole test run; read before `clean_environment` removes them."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.database_url = environ.get("BIFROST_TEST_DATABASE_URL")
         self.redis_url = environ.get("BIFROST_TEST_REDIS_URL")
         self.rabbitmq_url = environ.get("BIFROST_TEST_RABBITMQ_URL")
         self.in_ci = bool(environ.get("CI"))
-        #: Where the browser test leaves a picture of Flower; `make screenshot` sets it.
+        #: Where the browser test writes its screenshot of Flower; `make screenshot` sets it.
         self.screenshot = environ.get("SCREENSHOT")
 
 
@@ -89,7 +90,7 @@ OUTSIDE = pytest.StashKey[Outside]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the run's folder, or enter that of the xdist controller; have SIGTERM end the run as Ctrl-C does."""
+    """Create the folder of the run, or use that of the xdist controller. SIGTERM ends the run as Ctrl-C does."""
     config.stash[OUTSIDE] = Outside(os.environ)
     worker = getattr(config, "workerinput", None)
     if worker is not None:
@@ -99,19 +100,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(RunChecks(config.stash[RUN]), "run-checks")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
-        # Ignored where the run is in the background of a script, and then by all that it starts.
+        # A shell script ignores SIGINT for its background jobs, and their children inherit that.
         signal.signal(signal.SIGINT, _interrupt)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell an xdist worker where this run keeps its files."""
+    """Pass the folder of the run to an xdist worker."""
     node.workerinput["run_folder"] = str(node.config.stash[RUN].root)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In the process that runs the test: what it has started may be gone when the report has arrived elsewhere."""
+    """Search in the process that runs the test: its processes may have ended when the controller gets the report."""
     report = yield
     note_leaks_in_processes(report, item.config.stash[RUN])
     return report
@@ -123,13 +124,13 @@ def _interrupt(number: int, frame: object) -> None:
 
 @pytest.fixture(scope="session")
 def run_folder(pytestconfig: pytest.Config) -> RunFolder:
-    """Where this run keeps its servers, and the output of everything that it starts."""
+    """The folder with the data of the servers, and with the output of every process that the run starts."""
     return pytestconfig.stash[RUN]
 
 
 @pytest.fixture(scope="session")
 def outside(pytestconfig: pytest.Config) -> Outside:
-    """What the environment of the whole run says."""
+    """The variables that configure the whole test run."""
     return pytestconfig.stash[OUTSIDE]
 
 
@@ -138,7 +139,7 @@ def outside(pytestconfig: pytest.Config) -> Outside:
 
 @contextlib.contextmanager
 def _running(server: AnyServer, outside: Outside) -> Iterator[AnyServer]:
-    """A started server, or the outcome of a test that lacks one; gone afterwards, also when starting failed."""
+    """Start the server and close it at the end. If its program is missing, skip the test, or fail it in CI."""
     with contextlib.closing(server):
         try:
             server.start()
@@ -149,7 +150,7 @@ def _running(server: AnyServer, outside: Outside) -> Iterator[AnyServer]:
 
 @pytest.fixture(scope="session")
 def postgres(run_folder: RunFolder, outside: Outside) -> Iterator[Postgres]:
-    """The shared PostgreSQL. A test takes `database`; this is for more databases, and other roles."""
+    """The shared PostgreSQL, for more databases and other roles. A test that needs one database uses `database`."""
     if outside.database_url:
         yield Postgres.at(outside.database_url)
         return
@@ -159,7 +160,7 @@ def postgres(run_folder: RunFolder, outside: Outside) -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def redis(run_folder: RunFolder, outside: Outside) -> Iterator[RedisAddress]:
-    """The shared Redis. A test takes `redis_url`, and leaves the server's configuration alone."""
+    """The shared Redis. A test uses `redis_url`, and does not change the configuration of the server."""
     if outside.redis_url:
         yield RedisAddress(outside.redis_url)
         return
@@ -169,7 +170,7 @@ def redis(run_folder: RunFolder, outside: Outside) -> Iterator[RedisAddress]:
 
 @pytest.fixture(scope="session")
 def rabbitmq(run_folder: RunFolder, outside: Outside, pytestconfig: pytest.Config) -> Iterator[Rabbitmq]:
-    """The shared RabbitMQ. A test takes `rabbitmq_url`."""
+    """The shared RabbitMQ. A test uses `rabbitmq_url`."""
     if outside.rabbitmq_url:
         if _workers(pytestconfig) > 1:
             raise pytest.UsageError("BIFROST_TEST_RABBITMQ_URL is one virtual host, which xdist workers cannot share")
@@ -193,8 +194,9 @@ class StartProxy(Protocol):
 
 @pytest.fixture
 def start_server(outside: Outside, commands: Commands) -> Iterator[StartServer]:
-    """Start a private server of this test's own, for instance
-    `start_server(RedisServer(run_folder, {"maxmemory": "4mb"}))`; it is gone after the test.
+    """Start a server for this test alone, for instance `start_server(RedisServer(run_folder, {"maxmemory": "4mb"}))`.
+
+    Returns the started server. The server is killed after the processes of the test.
     """
     with contextlib.ExitStack() as started:
         yield lambda server: started.enter_context(_running(server, outside))
@@ -203,7 +205,7 @@ def start_server(outside: Outside, commands: Commands) -> Iterator[StartServer]:
 
 @pytest.fixture
 def start_proxy() -> Iterator[StartProxy]:
-    """Start a Proxy in front of a port: `start_proxy(server.port)`; it is gone after the test."""
+    """Start a Proxy in front of a port: `start_proxy(server.port)`. It is closed after the test."""
     with contextlib.ExitStack() as started:
         yield lambda port: started.enter_context(Proxy(port))
 
@@ -214,7 +216,7 @@ def _workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session")
 def _redis_databases(outside: Outside, pytestconfig: pytest.Config) -> Iterator[int]:
-    """Numbers in turn, so that a straggler of one test does not write into the next."""
+    """Database numbers in turn: a late write of one test does not reach the database of the next."""
     first, step = 0, 1
     if outside.redis_url and (workers := _workers(pytestconfig)) > 1:
         first, step = int(pytestconfig.stash[RUN].worker.removeprefix("gw")), workers
@@ -231,19 +233,19 @@ def _delete_queue(url: str, queue: str) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the developer's shell means anything to a test."""
+    """Remove the variables of FOREIGN_PREFIXES and FOREIGN_NAMES from the environment of the test."""
     for name in os.environ.keys() - without_foreign_variables(os.environ).keys():
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def clean_env() -> dict[str, str]:
-    """An environment for processes that has no address of anything: what a command says without settings."""
+    """An environment without any setting, for a process: no server is configured."""
     return without_foreign_variables(os.environ)
 
 
 def without_foreign_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without what a developer has set for other programs, or for this one."""
+    """Return the environment without the variables of FOREIGN_PREFIXES and FOREIGN_NAMES."""
     return {
         name: value
         for name, value in environ.items()
@@ -253,7 +255,7 @@ def without_foreign_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def database(postgres: Postgres, commands: Commands) -> Iterator[Database]:
-    """An empty database of this test's own."""
+    """A new, empty database; dropped after the test."""
     database = postgres.create_database()
     yield database
     commands.close()
@@ -262,7 +264,7 @@ def database(postgres: Postgres, commands: Commands) -> Iterator[Database]:
 
 @pytest.fixture
 def redis_url(redis: RedisAddress, _redis_databases: Iterator[int], commands: Commands) -> Iterator[str]:
-    """The URL of an empty database of the shared Redis that no other test uses meanwhile."""
+    """The URL of an empty database of the shared Redis. No other running test uses this database."""
     number = next(_redis_databases)
     with redis.client(number) as client:
         client.flushdb()
@@ -272,7 +274,7 @@ def redis_url(redis: RedisAddress, _redis_databases: Iterator[int], commands: Co
 
 @pytest.fixture
 def rabbitmq_url(rabbitmq: Rabbitmq, commands: Commands) -> Iterator[str]:
-    """The URL of an empty virtual host of this test's own (of the outside server: with the shared queue deleted)."""
+    """The URL of a new virtual host. On a server from BIFROST_TEST_RABBITMQ_URL: its URL, with SHARED_QUEUE deleted."""
     if not isinstance(rabbitmq, RabbitmqServer):
         _delete_queue(rabbitmq.url(), SHARED_QUEUE)
         yield rabbitmq.url()
@@ -285,7 +287,7 @@ def rabbitmq_url(rabbitmq: Rabbitmq, commands: Commands) -> Iterator[str]:
 
 @pytest.fixture
 def bifrost_env(clean_env: dict[str, str], database: Database, redis_url: str, rabbitmq_url: str) -> dict[str, str]:
-    """The environment of an init container: this test's part of the three servers, and the tree that we ship."""
+    """The environment of an init container: `database`, `redis_url`, `rabbitmq_url`, and the built-in tree."""
     return clean_env | {
         "BIFROST_DATABASE_URL": database.url,
         "BIFROST_REDIS_URL": redis_url,
@@ -296,7 +298,7 @@ def bifrost_env(clean_env: dict[str, str], database: Database, redis_url: str, r
 
 @pytest.fixture
 def foreign_tree(tmp_path: Path) -> Path:
-    """The alembic.ini of a copy of tests/foreign_tree that the test may change."""
+    """The alembic.ini of a copy of tests/foreign_tree. The test may change the copy."""
     source = Path(__file__).with_name("foreign_tree")
     copy = tmp_path / "foreign_tree"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -308,7 +310,10 @@ def foreign_tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def commands(run_folder: RunFolder) -> Iterator[Commands]:
-    """The processes of this test: they end before its databases do, and none may leave a child behind."""
+    """The processes of this test. All are killed before the databases of the test are dropped.
+
+    The test fails if a process that exited by itself has left a child running.
+    """
     commands = Commands(run_folder)
     yield commands
     commands.close()
@@ -355,7 +360,7 @@ class StartWorker(Protocol):
 
 @pytest.fixture
 def start_command(commands: Commands, clean_env: dict[str, str], tmp_path: Path) -> StartCommand:
-    """Start any process; without `env` it knows no server, without `cwd` it runs in an empty folder."""
+    """Start a process: `start_command(args, env=clean_env, cwd=an empty folder)` are the defaults."""
     empty = tmp_path / "cwd"
     empty.mkdir()
 
@@ -367,7 +372,7 @@ def start_command(commands: Commands, clean_env: dict[str, str], tmp_path: Path)
 
 @pytest.fixture
 def run_command(start_command: StartCommand) -> RunCommand:
-    """Run any process to its end, which is a failure of the test if it takes longer than `timeout` seconds."""
+    """Run a process to its end, as `start_command`. AssertionError if that takes longer than `timeout` seconds."""
 
     def run(
         args: Sequence[str],
@@ -385,7 +390,7 @@ def run_command(start_command: StartCommand) -> RunCommand:
 def run_bootstrap(request: pytest.FixtureRequest, run_command: RunCommand) -> RunBootstrap:
     """Run `python -m bifrost_bootstrap` with these arguments to its end, in an empty folder.
 
-    Without `env` it is `bifrost_env`, which only then starts the servers: a test of usage gives `clean_env`.
+    `env` defaults to `bifrost_env`. This starts all three servers, so a test that needs none passes `clean_env`.
     """
 
     def run(
@@ -403,7 +408,7 @@ def run_bootstrap(request: pytest.FixtureRequest, run_command: RunCommand) -> Ru
 
 @pytest.fixture
 def start_worker(start_command: StartCommand, bifrost_env: dict[str, str]) -> StartWorker:
-    """Start a bootstrap worker and wait until it takes tasks; several in one test are fine."""
+    """Start a bootstrap worker (default `env`: `bifrost_env`) and wait until it is ready; several are possible."""
 
     def start(*args: str, env: Mapping[str, str] | None = None) -> Command:
         worker = start_command([*BOOTSTRAP, "worker", *args], env=bifrost_env if env is None else env)
@@ -415,5 +420,5 @@ def start_worker(start_command: StartCommand, bifrost_env: dict[str, str]) -> St
 
 @pytest.fixture
 def bootstrap_worker(start_worker: StartWorker) -> Command:
-    """A bootstrap worker that takes this test's tasks."""
+    """A bootstrap worker that is ready, with the environment `bifrost_env`."""
     return start_worker()

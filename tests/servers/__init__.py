@@ -1,14 +1,14 @@
-"""Private servers for the tests: real ones, thrown away afterwards, that a test may kill, freeze or cut off.
+"""Private servers for the tests: real servers that a test may kill, freeze or cut off, and that are deleted afterwards.
 
-    Server (process.py)          start, stop, kill, pause, resume, restart, close, log
-    ├── PostgresServer           TCP with SCRAM only; databases per test
-    ├── RedisServer              or Valkey; sixteen databases
-    ├── RabbitmqServer           own node, cookie and port mapper; virtual hosts per test
+    Server (process.py)          start, stop, kill, pause, resume, restart, close
+    ├── PostgresServer           TCP with SCRAM only; a database per test
+    ├── RedisServer              or Valkey; 16 databases
+    ├── RabbitmqServer           a node with its own cookie and epmd; a virtual host per test
     └── PgbouncerServer          transaction pooling in front of a PostgresServer
-    Proxy                        in front of any of them: cut, refuse, heal
-    Command                      any other process of a test; its whole output is kept
+    Proxy                        TCP proxy in front of a server: cut, refuse, heal
+    Command                      any other process of a test, with its output in files
 
-Nothing here looks at the standard ports, and everything that is started dies with the test run.
+The servers listen on free ports, never on the standard ones. All of them end with the test run.
 """
 
 from tests.servers.command import Command

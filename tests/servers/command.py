@@ -1,4 +1,4 @@
-"""A process that a test starts: bounded, killed with all its descendants, its whole output kept for the run."""
+"""A process that a test starts. It is killed with all its descendants, and its output goes to files of the run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from typing import Literal
 
 from tests.servers.process import ProcessTree, RunFolder, end_processes, processes_left, tail, wait_until
 
-#: Seconds for a command that a test waits for, and for a line that it waits to see.
+#: How long a test waits for the end of a command, or for a line of its output (seconds).
 DEFAULT_TIMEOUT = 60.0
-#: Seconds that a long-running command gets to end by SIGTERM when its test is over.
-STOP_GRACE = 10.0
 
 
 class Command(ProcessTree):
-    """A started command with stdout and stderr in two files of the run's output folder.
+    """A started process whose stdout and stderr go to two files in the output folder of the run.
 
     Attributes:
-        stdout: The file with its standard output so far.
-        stderr: The file with its standard error so far.
+        stdout: The file with its standard output.
+        stderr: The file with its standard error.
     """
 
     def __init__(self, run: RunFolder, args: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
@@ -44,10 +42,10 @@ class Command(ProcessTree):
             )
 
     def wait(self, timeout: float = DEFAULT_TIMEOUT) -> subprocess.CompletedProcess[str]:
-        """Wait for its end and return code and output as text (what is not UTF-8 as backslash escapes).
+        """Wait until it exits; return its exit code and output as text (other bytes than UTF-8 as backslash escapes).
 
         Raises:
-            AssertionError: It has not ended `timeout` seconds from now; it is killed, and the text has its last lines.
+            AssertionError: It still ran after `timeout` seconds, and was killed. The text has its last lines.
         """
         try:
             code = self.process.wait(timeout)
@@ -59,22 +57,22 @@ class Command(ProcessTree):
     def wait_for(
         self, pattern: str, timeout: float = DEFAULT_TIMEOUT, stream: Literal["stdout", "stderr"] = "stderr"
     ) -> re.Match[str]:
-        """Wait until its output so far has a match of the regular expression, and return the first.
+        """Wait until its output matches the regular expression; return the first match.
 
         Raises:
-            AssertionError: It ended without, or `timeout` seconds have passed; with its last lines.
+            AssertionError: It exited without a match, or `timeout` seconds have passed. The text has its last lines.
         """
         path = self.stdout if stream == "stdout" else self.stderr
         found: list[re.Match[str]] = []
 
-        def look() -> bool:
-            ended = not self.running  # before reading: what it wrote last is seen
+        def matched_or_ended() -> bool:
+            ended = not self.running  # before the read, so that the read sees its last line
             if match := re.search(pattern, read(path)):
                 found.append(match)
             return bool(found) or ended
 
         try:
-            wait_until(look, f"{pattern!r} on {stream}", timeout)
+            wait_until(matched_or_ended, f"{pattern!r} on {stream}", timeout)
         except TimeoutError as error:
             raise AssertionError(f"{self.name}: {error}\n{self._tails()}") from None
         if not found:
@@ -83,54 +81,51 @@ class Command(ProcessTree):
         return found[0]
 
     def terminate(self, timeout: float = DEFAULT_TIMEOUT) -> subprocess.CompletedProcess[str]:
-        """SIGTERM to the process alone, as a container engine does, then as `wait`."""
+        """Send SIGTERM to the process but not to its children, as a container engine does; then `wait`."""
         self.send_signal(signal.SIGTERM)
         return self.wait(timeout)
 
     def close(self) -> None:
-        """End it: SIGTERM, and after STOP_GRACE seconds SIGKILL.
+        """Kill it if it still runs. (A worker takes seconds for a clean stop. A test of the stop calls `terminate`.)
 
         Raises:
-            AssertionError: It has ended by itself, or at SIGTERM, and left processes running; they are killed.
+            AssertionError: It exited before, by itself or after a signal that it handled, and left processes running.
+                They are killed.
         """
-        self.stop(signal.SIGTERM, STOP_GRACE)
-        left = processes_left(self.mark) if self.process.returncode >= 0 else []
+        code = self.process.poll()
+        if code is None or code < 0:
+            self.end()
+            return
+        left = processes_left(self.mark)
         names = [" ".join(process.cmdline()) for process in left]
-        self.end()
         end_processes(left)
         if left:
-            raise AssertionError(f"{self.name} ended with {self.process.returncode} and left running: {names}")
+            raise AssertionError(f"{self.name} ended with {code} and left running: {names}")
 
     def _tails(self) -> str:
         return f"--- stdout\n{tail(self.stdout)}\n--- stderr\n{tail(self.stderr)}"
 
 
 def read(path: Path) -> str:
-    """Return a file's text; bytes that are not UTF-8 become backslash escapes."""
+    """Return the text of a file; other bytes than UTF-8 become backslash escapes."""
     return path.read_text(encoding="utf-8", errors="backslashreplace")
 
 
 class Commands:
-    """The commands of one test; `close` ends them all, the last one first."""
+    """The commands of one test. `close` ends all of them, the last one first."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._commands: list[Command] = []
 
     def start(self, args: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> Command:
-        """Start a command; from the main thread, if it is to live longer than the call (see ProcessTree)."""
+        """Start a command; in the main thread, if the command outlives the thread (see `process._die_with_parent`)."""
         command = Command(self._run, args, env=env, cwd=cwd)
         self._commands.append(command)
         return command
 
-    def kill(self) -> None:
-        """End all that still run at once, where how they end is not what is tested."""
-        for command in self._commands:
-            if command.running:
-                command.kill()
-
     def close(self) -> None:
-        """End all that still run; raises as `Command.close`, when all have been ended."""
+        """Close every command. Raises as `Command.close`, after all of them have ended."""
         with contextlib.ExitStack() as all_closed:
             for command in self._commands:
                 all_closed.callback(command.close)

@@ -1,4 +1,4 @@
-"""The password that every private server wants, and the search for it in everything a run puts out or shows."""
+"""The password of every private server, and the search for it in output and process lists."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from urllib.parse import quote
 
 from tests.servers.process import MARK_VARIABLE
 
-#: Both ends are words that nothing else contains; between them stand the characters that a URL must escape, so
-#: that whoever forgets to quote, or masks only up to the first "@", is found by the first test with a server.
+#: The first and last word of the password; no other text contains them. Between them are the characters that a URL must
+#: escape: code that forgets to quote, or that masks only up to the first "@", leaks one of the two words.
 LEAK_MARKS = ("Qz4Zebra", "Qz4Yak")
 PLANTED_PASSWORD = f"{LEAK_MARKS[0]}@:/?%{LEAK_MARKS[1]}"
 PLANTED_PASSWORD_QUOTED = quote(PLANTED_PASSWORD, safe="")
 
-#: Long enough that the search reads large logs in few steps.
+#: How much of a file is searched at a time (bytes).
 _CHUNK_BYTES = 1 << 20
 
 
 def leaks_in(text: str) -> bool:
-    """Whether the text holds the planted password, or either end of it, in whatever encoding of the rest."""
+    """Whether the text contains the first or the last word of the planted password."""
     return any(mark in text for mark in LEAK_MARKS)
 
 
 def leaks_below(folder: Path) -> Iterator[str]:
-    """Name every file below the folder that holds the planted password, as "file (byte offset)".
+    """Yield "file (byte offset)" for every file below the folder that contains the planted password.
 
-    The text around it is not given: the report of a leak must not be one.
+    The text around it is not returned: the report of a leak must not leak the password.
     """
     marks = [mark.encode() for mark in LEAK_MARKS]
     overlap = max(map(len, marks)) - 1
@@ -45,10 +45,10 @@ def leaks_below(folder: Path) -> Iterator[str]:
 
 
 def leaks_in_processes(mark: str) -> Iterator[str]:
-    """Name every process with the planted password in its arguments, where any user of the machine may read it.
+    """Yield every process of the run with the planted password in its arguments, which every user can read.
 
-    Only those whose own mark begins with this one: a run within the run, and somebody else's, may plant leaks of its
-    own. Linux only.
+    `mark`: only processes whose MARK_VARIABLE begins with it. Another test run may leak the password on purpose (the
+    tests of this function do). Linux only.
     """
     marks, own = [word.encode() for word in LEAK_MARKS], f"{MARK_VARIABLE}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -58,4 +58,4 @@ def leaks_in_processes(mark: str) -> Iterator[str]:
             if any(word in arguments for word in marks) and any(one.startswith(own) for one in variables):
                 yield f"the arguments of process {folder.name} ({os.fsdecode(arguments.partition(bytes(1))[0])})"
         except OSError:
-            continue  # it has ended, or is not ours
+            continue  # the process has exited, or belongs to another user

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction pooling, as the platform runs it."""
+"""PgBouncer in transaction pooling mode, as the platform uses it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.servers.postgres import ADMIN_ROLE, APP_ROLE, CONNECT_TIMEOUT
 from tests.servers.process import RunFolder, Server, find_program, settings_lines, unprivileged_user
 
 PROGRAM_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin")
-#: Clients of the console; the roles of the server behind have no rights there.
+#: The user of the admin console. The roles of PostgreSQL have no rights there.
 CONSOLE_USER = "console"
 
 
 class Address(Protocol):
-    """A PostgreSQL whose roles are APP_ROLE and ADMIN_ROLE, with the planted password."""
+    """The address of a PostgreSQL with the roles APP_ROLE and ADMIN_ROLE and the planted password."""
 
     @property
     def host(self) -> str:
@@ -33,14 +33,14 @@ class Address(Protocol):
 
 
 class PgbouncerServer(Server):
-    """A private PgBouncer in front of one PostgresServer, for all of its databases.
+    """A private PgBouncer in front of all databases of a PostgresServer.
 
     Args:
-        run: Where its files go.
-        behind: The server that it pools.
+        run: The folder for its files.
+        behind: The PostgreSQL server.
         pool_size: Server connections for each pair of user and database.
-        settings: More of section [pgbouncer], for instance `{"idle_transaction_timeout": "2"}`.
-        behind_port: Where it reaches that server, when not directly: the port of a Proxy.
+        settings: More settings of section [pgbouncer], for instance `{"idle_transaction_timeout": "2"}`.
+        behind_port: The port of a Proxy in front of `behind`. Default: the port of `behind`.
     """
 
     kind: ClassVar[str] = "pgbouncer"
@@ -62,15 +62,15 @@ class PgbouncerServer(Server):
         self.behind_port = behind_port or behind.port
 
     def user(self) -> pwd.struct_passwd | None:
-        return unprivileged_user()  # it refuses to be root
+        return unprivileged_user()  # PgBouncer does not run as root
 
     def url(self, database: str = "postgres", *, driver: str | None = None, user: str = APP_ROLE) -> str:
-        """Return the URL of a database through the pool."""
+        """Return the URL of a database, through this PgBouncer."""
         scheme = f"postgresql+{driver}" if driver else "postgresql"
         return f"{scheme}://{user}:{PLANTED_PASSWORD_QUOTED}@{self.host}:{self.port}/{database}"
 
     def show(self, what: str) -> list[dict[str, Any]]:
-        """Return the rows of a SHOW command of the console: "SERVERS", "POOLS", "CLIENTS", "CONFIG"."""
+        """Return the rows of a SHOW command of the console, for instance "SERVERS" or "POOLS"."""
         with self._console() as connection, connection.cursor(row_factory=dict_row) as cursor:
             return cursor.execute(f"SHOW {what}".encode()).fetchall()
 
@@ -109,7 +109,7 @@ class PgbouncerServer(Server):
 
 @contextmanager
 def busy_clients(url: str, number: int = 3) -> Iterator[None]:
-    """So many other clients with one transaction after the other, for as long as the block lasts."""
+    """Run `number` clients that execute one transaction after another until the block ends."""
     stop = Event()
 
     def work() -> None:

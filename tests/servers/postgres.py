@@ -1,4 +1,4 @@
-"""PostgreSQL: one cluster per server, one database per test."""
+"""PostgreSQL: one server for many tests, one database for each test."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.servers.leaks import PLANTED_PASSWORD
 from tests.servers.process import RunFolder, Server, find_program, unprivileged_user
 
 PROGRAM_FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
-#: The superuser of private clusters.
+#: The superuser of private servers.
 ADMIN_ROLE = "postgres"
-#: Whom the URLs of tests log in as: owner of its databases, and nothing more.
+#: The role in the URLs of the tests. It owns the databases and has no other rights.
 APP_ROLE = "bifrost"
-#: Nothing waits for a disk: a test kills the server, never the machine. (Commits stay synchronous: what is committed
-#: survives a kill.) 20 `init` at once take several connections each.
+#: No fsync: tests kill the server, never the machine. (Commits stay synchronous: a committed row survives a kill.)
+#: 300 connections, because 20 `init` at once use several each.
 THROW_AWAY = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -35,16 +35,17 @@ THROW_AWAY = {
     "unix_socket_directories": "",
     "max_connections": "300",
 }
-#: Seconds for one connection attempt.
+#: Timeout of a connection attempt (seconds).
 CONNECT_TIMEOUT = 5
 
 
 class Postgres:
-    """A cluster that tests may make databases in: our own, or one that BIFROST_TEST_DATABASE_URL names.
+    """A server in which tests create databases: a private one, or that of BIFROST_TEST_DATABASE_URL.
 
     Attributes:
-        admin_url: Logs in as somebody who may create databases.
-        app_role, app_password: Whom the tests' databases belong to.
+        admin_url: The URL of a role that may create databases.
+        app_role: The owner of the databases of the tests.
+        app_password: The password of `app_role`.
     """
 
     def __init__(self, admin_url: str, app_role: str, app_password: str) -> None:
@@ -54,13 +55,13 @@ class Postgres:
 
     @classmethod
     def at(cls, url: str) -> Postgres:
-        """The cluster of this URL: its user creates the databases and owns them."""
+        """Return the server of this URL. The user of the URL creates and owns the databases."""
         parts = urlsplit(url)
         plain = urlunsplit(parts._replace(scheme="postgresql"))
         return cls(plain, unquote(parts.username or ""), unquote(parts.password or ""))
 
     def url(self, database: str = "postgres", *, driver: str | None = None, user: str | None = None) -> str:
-        """Return the URL of a database; `driver` becomes the suffix of the scheme, `user` has the same password."""
+        """Return the URL of a database. `driver`: suffix of the scheme; `user`: another role with the same password."""
         parts = urlsplit(self.admin_url)
         login = f"{quote(user or self.app_role, safe='')}:{quote(self.app_password, safe='')}"
         return urlunsplit(
@@ -72,14 +73,14 @@ class Postgres:
         )
 
     def admin(self, database: str | None = None) -> psycopg.Connection[tuple[Any, ...]]:
-        """Connect as the administrator, in autocommit; to this database, else to the one of the admin URL."""
+        """Connect as administrator, in autocommit. `database` defaults to that of `admin_url`."""
         url = urlsplit(self.admin_url)
         if database is not None:
             url = url._replace(path=f"/{quote(database, safe='')}")
         return psycopg.connect(urlunsplit(url), autocommit=True, connect_timeout=CONNECT_TIMEOUT)
 
     def create_database(self, *, template: str = "template1", prefix: str = "test") -> Database:
-        """Create a database of a new name that belongs to the app role; `template` is copied with its tables."""
+        """Create a database with a new name, owned by `app_role`. It is a copy of the database `template`."""
         database = Database(self, f"{prefix}_{secrets.token_hex(4)}")
         with self.admin() as connection:
             connection.execute(
@@ -90,7 +91,7 @@ class Postgres:
         return database
 
     def drop_database(self, database: Database) -> None:
-        """Drop it, whoever is still connected; nothing happens if it is gone."""
+        """Drop it, and end its connections. Does nothing if it does not exist."""
         with self.admin() as connection:
             name = sql.Identifier(database.name)
             connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
@@ -98,14 +99,14 @@ class Postgres:
 
 @dataclass(frozen=True)
 class Database:
-    """One database of a test. Its repr has no password."""
+    """A database of a test. Its repr contains no password."""
 
     server: Postgres = field(repr=False)
     name: str
 
     @property
     def url(self) -> str:
-        """Its URL as the app role, without a driver suffix."""
+        """Its URL for `app_role`, without a driver suffix."""
         return self.server.url(self.name)
 
     def url_for(self, driver: str) -> str:
@@ -113,29 +114,30 @@ class Database:
         return self.server.url(self.name, driver=driver)
 
     def connect(self) -> psycopg.Connection[tuple[Any, ...]]:
-        """Connect as the app role, in autocommit."""
+        """Connect as `app_role`, in autocommit."""
         return psycopg.connect(self.url, autocommit=True, connect_timeout=CONNECT_TIMEOUT)
 
     def execute(self, query: LiteralString, parameters: Sequence[object] | None = None) -> list[tuple[Any, ...]]:
-        """Run one statement as the app role on a connection of its own; the rows, if it returns any."""
+        """Run a statement as `app_role` on a new connection. Return its rows, or [] if it returns none."""
         with self.connect() as connection:
             cursor = connection.execute(query, parameters)
             return cursor.fetchall() if cursor.description else []
 
 
 class PostgresServer(Server, Postgres):
-    """A private PostgreSQL: TCP on 127.0.0.1 with SCRAM passwords, no Unix socket, no durability.
+    """A private PostgreSQL: TCP on 127.0.0.1 with SCRAM passwords, no Unix socket, no fsync.
 
-    Text sorts as in en-US where PostgreSQL is 15 or later: code that takes the database's order for Python's is found.
+    From PostgreSQL 15 on, its collation is en-US, which differs from the order of Python's str. A test with mixed paths
+    then finds code that expects the same order from both.
 
     Args:
-        run: Where its files go.
-        config: Server settings, for instance `{"log_statement": "all"}`; may be changed between two starts.
+        run: The folder for its files.
+        config: Server settings, for instance `{"log_statement": "all"}`. A change takes effect at the next start.
     """
 
     kind: ClassVar[str] = "postgres"
-    stop_signal: ClassVar[signal.Signals] = signal.SIGINT  # "fast": open sessions are ended, not waited for
-    death_signal: ClassVar[str] = "QUIT"  # the postmaster takes its children along
+    stop_signal: ClassVar[signal.Signals] = signal.SIGINT  # fast shutdown: ends open sessions
+    death_signal: ClassVar[str] = "QUIT"  # immediate shutdown: the postmaster ends its backends
     not_ready: ClassVar[tuple[type[Exception], ...]] = (psycopg.OperationalError,)
 
     def __init__(self, run: RunFolder, config: Mapping[str, str] | None = None) -> None:
@@ -165,14 +167,14 @@ class PostgresServer(Server, Postgres):
         with self.admin() as connection:
             if self._fresh:
                 role, password = sql.Identifier(APP_ROLE), sql.Literal(PLANTED_PASSWORD)
-                # Not into the log, whatever log_statement says.
+                # Keep the password out of the log, whatever log_statement says.
                 connection.execute("SET log_statement = 'none'; SET log_min_duration_statement = -1")
                 connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, password))
                 self._fresh = False
 
 
 def _run_as(server: PostgresServer, *command: str) -> None:
-    """Run a program as the user whom the server's files belong to. Raises RuntimeError with its words."""
+    """Run a program as the user of the server. Raises RuntimeError with its output if it fails."""
     user = server.user()
     done = subprocess.run(
         command,
@@ -189,12 +191,12 @@ def _run_as(server: PostgresServer, *command: str) -> None:
 
 
 def programs() -> Path:
-    """Return the folder of initdb, postgres and the rest: all of one version."""
+    """Return the folder with initdb, postgres and pg_basebackup of the same version."""
     return Path(find_program("initdb", *PROGRAM_FOLDERS)).resolve().parent
 
 
 def _new_cluster(run: RunFolder, server: PostgresServer) -> Path:
-    """Return a new cluster to copy; initdb runs once per test run, whichever xdist worker comes first."""
+    """Return the data folder to copy for a new server. The first caller runs initdb, once per test run."""
     cluster = run.root / "data" / "postgres-template"
     with (run.root / "data" / "postgres-template.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -223,11 +225,11 @@ def _initdb(cluster: Path, server: PostgresServer) -> None:
 
 
 class StandbyServer(PostgresServer):
-    """A standby of another server of ours, which follows it from the moment that it is started.
+    """A streaming standby of a private server.
 
     Args:
-        run: Where its files go.
-        primary: The running server that it follows.
+        run: The folder for its files.
+        primary: The running server that it replicates, from the first `start` on.
     """
 
     kind: ClassVar[str] = "standby"
@@ -246,13 +248,13 @@ class StandbyServer(PostgresServer):
         _run_as(self, str(programs() / "pg_basebackup"), *options)
 
     def caught_up(self) -> bool:
-        """Whether it has replayed all that its primary has written."""
+        """Whether it has replayed the WAL up to the current position of its primary."""
         with self.primary.admin() as primary, self.admin() as standby:
             written = primary.execute("SELECT pg_current_wal_lsn()").fetchone()
             query = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
             return bool(written and standby.execute(query, (str(written[0]),)).fetchone() == (True,))
 
     def promote(self) -> None:
-        """Make it a primary."""
+        """Promote it to a primary."""
         with self.admin() as connection:
             connection.execute("SELECT pg_promote()")

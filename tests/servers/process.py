@@ -1,4 +1,4 @@
-"""What all private servers share: folders, free ports, starting, waiting until ready, signals, the end."""
+"""The base of all private servers: folders, free ports, start, readiness, signals, stop."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from typing import IO, Any, ClassVar, Self
 
 import psutil
 
-#: Seconds until a server must answer: RabbitMQ takes 4 on an idle machine, 25 with cold disks and busy cores.
+#: How long a server may take until it answers (seconds). RabbitMQ: 4 s on an idle machine, 25 s on a busy one.
 START_DEADLINE = 90.0
-#: Seconds between two looks at something that is about to happen.
+#: Polling interval (seconds).
 POLL_INTERVAL = 0.02
-#: Seconds that a killed process gets to disappear; more than this is a process stuck in the kernel.
+#: How long a process may live after SIGKILL (seconds). After that it is stuck in the kernel.
 KILL_DEADLINE = 20.0
-#: Seconds that the children of a process that has ended get to end as well, before they count as left behind.
+#: How long the children of an exited process may live before they count as left behind (seconds).
 SETTLE_DEADLINE = 5.0
-#: Below the ephemeral range of Linux (32768) and macOS (49152): no outgoing connection of anybody takes the port
-#: of a server that is down for a moment.
+#: Below the ephemeral ports of Linux (from 32768) and macOS (from 49152): an outgoing connection cannot take the port
+#: of a server that is restarting.
 PORT_RANGE = range(20_000, 30_000)
-#: How the folder of a run is called, and how many are kept of those that are over (as pytest keeps its own).
+#: Prefix of the folder of a run, and how many folders of earlier runs are kept (3, as pytest does).
 RUN_PREFIX = "bifrost-tests-"
 KEPT_RUNS = 3
-#: In the environment of every process that a run starts; descendants inherit it, also in sessions of their own.
+#: A variable in the environment of every process of the run. Descendants inherit it, also in their own sessions.
 MARK_VARIABLE = "TEST_RUN_MARK"
-#: What holds the ports that this process was given.
+#: The sockets that reserve the ports of `free_port`, by port.
 _held: dict[int, socket.socket] = {}
 
 
 class ServerMissing(Exception):
-    """A server's program is not installed on this machine; the text says which was looked for, and where."""
+    """The program of a server is not installed. The text names the program and the folders that were searched."""
 
 
 class RunFolder:
-    """Where one test run keeps its servers' data and collects the output of everything it starts.
+    """The folder of one test run: the data of its servers, and the output of all processes.
 
-    Not below pytest's `tmp_path`: that is closed to the unprivileged users that servers run as under root.
-    One folder is shared by all xdist workers; `worker` keeps their names apart.
+    It is not below pytest's `tmp_path`: if root runs the tests, PostgreSQL runs as another user, who cannot read
+    `tmp_path`. All xdist workers share the folder; `worker` makes their file names different.
     """
 
     def __init__(self, root: Path, worker: str = "main") -> None:
@@ -63,10 +63,10 @@ class RunFolder:
 
     @classmethod
     def create(cls) -> RunFolder:
-        """Make a new folder below the system's temporary folder (`TMPDIR`)."""
+        """Create a new folder below the temporary folder of the system (`TMPDIR`)."""
         _remove_old_runs()
         root = Path(tempfile.mkdtemp(prefix=RUN_PREFIX))
-        root.chmod(0o711)  # servers of other users pass through, and see nothing
+        root.chmod(0o711)  # a server that runs as another user can enter its own folder, and list nothing
         run = cls(root)
         run._lock = (root / "lock").open("w")
         fcntl.flock(run._lock, fcntl.LOCK_EX)
@@ -75,11 +75,11 @@ class RunFolder:
         return run
 
     def name(self, kind: str) -> str:
-        """Return a name that no other process of this run has."""
+        """Return a new name that is unique in this run."""
         return f"{self.worker}-{kind}-{next(self._numbers)}"
 
     def data(self, name: str) -> Path:
-        """Return the (not yet existing) data folder for this name."""
+        """Return the path of the data folder for this name. The folder does not exist yet."""
         return self.root / "data" / name
 
     def mark(self, name: str) -> str:
@@ -87,11 +87,11 @@ class RunFolder:
         return f"{self.root.name}/{name}/"
 
     def left_over(self) -> list[psutil.Process]:
-        """Return the processes of this run that go on living, whoever started them."""
+        """Return the processes of this run that still run."""
         return processes_left(f"{self.root.name}/")
 
     def remove(self, *, keep_output: bool) -> None:
-        """Remove everything, or everything but the output if there is any; the run is over."""
+        """Delete the folder at the end of the run; with `keep_output`, keep the output."""
         kept = keep_output and any(self.output.iterdir())
         shutil.rmtree(self.root / "data" if kept else self.root, ignore_errors=True)
         if self._lock is not None:
@@ -99,14 +99,14 @@ class RunFolder:
 
 
 def _remove_old_runs() -> None:
-    """Remove our own runs of long ago: those that failed leave their output, those that were killed everything."""
+    """Delete the folders of earlier runs that failed or were killed, except the newest KEPT_RUNS."""
     over: list[Path] = []
     for root in Path(tempfile.gettempdir()).glob(f"{RUN_PREFIX}*"):
         try:
             with (root / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # still running, just being made, or not ours
+            continue  # the run still runs or just starts, or another user owns the folder
         over.append(root)
     over.sort(key=lambda root: root.stat().st_mtime, reverse=True)
     for root in over[KEPT_RUNS:]:
@@ -114,10 +114,10 @@ def _remove_old_runs() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody has, and keep it from all others who ask for one until `give_back`.
+    """Reserve a free TCP port of 127.0.0.1 and return it. `give_back` ends the reservation.
 
-    Also while nobody listens on it, between a stop and a start: a socket that never listens holds it, and leaves
-    it to whoever sets SO_REUSEADDR, as every server does. (On Linux; elsewhere nothing holds it.)
+    The reservation is a bound socket that never listens. A server can still bind the port, because every server sets
+    SO_REUSEADDR. The port stays reserved while the server is stopped. (Linux only: elsewhere there is no reservation.)
     """
     ports = random.SystemRandom().sample(PORT_RANGE, 100)
     for port in ports:
@@ -128,7 +128,7 @@ def free_port() -> int:
             holder.close()
             continue
         if sys.platform == "linux":
-            # Not before it is bound: then it would be given a port that is held.
+            # After bind: with this option set, bind would also succeed on a port that another run has reserved.
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             _held[port] = holder
         else:
@@ -138,17 +138,17 @@ def free_port() -> int:
 
 
 def give_back(*ports: int) -> None:
-    """Hold these ports no longer; nothing happens where they are not held."""
+    """End the reservation of these ports. Ports without a reservation are ignored."""
     for port in ports:
         if holder := _held.pop(port, None):
             holder.close()
 
 
 def find_program(name: str, *folders: str) -> str:
-    """Return the path of a program: PATH first, then the folders (patterns allowed), the newest version first.
+    """Return the path of a program. Search PATH, then these folders (glob patterns), the newest version first.
 
     Raises:
-        ServerMissing: It is nowhere.
+        ServerMissing: The program was not found.
     """
     if found := shutil.which(name):
         return found
@@ -160,12 +160,12 @@ def find_program(name: str, *folders: str) -> str:
 
 
 def _version_key(path: Path) -> list[int]:
-    """Order /usr/lib/postgresql/9 before /usr/lib/postgresql/15."""
+    """Sort /usr/lib/postgresql/9 before /usr/lib/postgresql/15."""
     return [int(number) for number in re.findall(r"\d+", str(path))]
 
 
 def unprivileged_user() -> pwd.struct_passwd | None:
-    """Whom to run servers as that refuse root: postgres, else nobody; None where we are not root anyway."""
+    """The user for servers that refuse to run as root: postgres, or nobody. None if the tests do not run as root."""
     if os.geteuid() != 0:
         return None
     try:
@@ -175,7 +175,7 @@ def unprivileged_user() -> pwd.struct_passwd | None:
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline: float = START_DEADLINE) -> None:
-    """Look until the condition holds; after `deadline` seconds, TimeoutError says what did not happen."""
+    """Poll until the condition is true. After `deadline` seconds, raise TimeoutError, whose text begins with `what`."""
     end = time.monotonic() + deadline
     while not condition():
         if time.monotonic() > end:
@@ -184,24 +184,26 @@ def wait_until(condition: Callable[[], bool], what: str, deadline: float = START
 
 
 @cache
-def _dies_with_us(death_signal: str) -> tuple[str, ...]:
-    """Words before a command that have the kernel signal it when its parent dies; nothing where that is not known.
+def _die_with_parent(death_signal: str) -> tuple[str, ...]:
+    """Return a command prefix with which the kernel sends this signal to the process when its parent dies.
 
-    Linux remembers the *thread* that started the process: start what is to live longer from the main thread.
+    Empty if setpriv of util-linux is not installed. Linux sends the signal when the *thread* that started the process
+    ends, so a process that outlives the thread must be started in the main thread.
     """
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         return ()
     words = (setpriv, "--pdeathsig", death_signal)
-    # BusyBox has a setpriv without this option.
+    # The setpriv of BusyBox lacks this option.
     known = subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
     return words if known else ()
 
 
 class ProcessTree:
-    """One process in a session of its own, with all its descendants.
+    """A process in its own session, with all its descendants.
 
-    Killing and pausing mean all of them: PostgreSQL's backends and Celery's children leave the process group.
+    `kill` and `pause` signal every descendant and not the process group: the backends of PostgreSQL and the children of
+    Celery leave the group.
     """
 
     def __init__(
@@ -221,13 +223,13 @@ class ProcessTree:
             identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         self.mark = mark
         self.process = subprocess.Popen(
-            [*_dies_with_us(death_signal), *command],
+            [*_die_with_parent(death_signal), *command],
             env={**env, MARK_VARIABLE: mark},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            start_new_session=True,  # Ctrl-C on the terminal is for pytest alone
+            start_new_session=True,  # Ctrl-C on the terminal reaches pytest only
             **identity,
         )
 
@@ -240,18 +242,18 @@ class ProcessTree:
         return self.process.poll() is None
 
     def descendants(self) -> list[psutil.Process]:
-        """Return the children, their children and so on, as of now; empty when the process has ended."""
+        """Return all current descendants. Empty if the process has exited."""
         try:
             return list(psutil.Process(self.pid).children(recursive=True)) if self.running else []
         except psutil.NoSuchProcess:
             return []
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process itself, not to its descendants; nothing happens if it has ended."""
+        """Send a signal to the process, not to its descendants. Does nothing if the process has exited."""
         self.process.send_signal(number)
 
     def pause(self) -> list[psutil.Process]:
-        """Freeze all of it (SIGSTOP), parents first, until no new child turns up; return the descendants."""
+        """Send SIGSTOP to the process and its descendants, until there is no new child. Return the descendants."""
         self.send_signal(signal.SIGSTOP)
         frozen: list[psutil.Process] = []
         while new := [child for child in self.descendants() if child not in frozen]:
@@ -261,15 +263,15 @@ class ProcessTree:
         return frozen
 
     def resume(self) -> None:
-        """Let all of it run again (SIGCONT), children first."""
+        """Send SIGCONT to the descendants, then to the process."""
         for child in reversed(self.descendants()):
             _send(child, signal.SIGCONT)
         self.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End all of it at once (SIGKILL), and wait until it is gone.
+        """Send SIGKILL to the process and its descendants, and wait until they are gone.
 
-        Frozen first: nobody starts another child or notices another's death.
+        All are frozen first, so that none starts another child or reacts to the death of another process.
         """
         descendants = self.pause()
         self.send_signal(signal.SIGKILL)
@@ -277,7 +279,7 @@ class ProcessTree:
         end_processes(descendants)
 
     def kill_alone(self) -> None:
-        """End the process itself (SIGKILL), as the kernel does when memory is short: its descendants live on."""
+        """Send SIGKILL to the process only, as the OOM killer does. Its descendants go on running."""
         orphans = self.descendants()
         self.send_signal(signal.SIGKILL)
         self.process.wait(KILL_DEADLINE)
@@ -285,8 +287,8 @@ class ProcessTree:
             _send(orphan, signal.SIGCONT)
 
     def stop(self, number: signal.Signals, grace: float) -> None:
-        """Ask the process to end by this signal, and kill all of it when it is still there `grace` seconds later."""
-        self.resume()  # a frozen process would not hear
+        """Send this signal to the process. If it still runs after `grace` seconds, kill it and its descendants."""
+        self.resume()  # a frozen process does not handle the signal
         self.send_signal(number)
         try:
             self.process.wait(grace)
@@ -294,7 +296,7 @@ class ProcessTree:
             self.kill()
 
     def end(self) -> None:
-        """Leave nothing: kill the tree, and whoever of it went elsewhere but bears its mark."""
+        """Kill the tree, and every process with its mark that left the tree."""
         self.kill()
         end_processes(processes_marked(self.mark))
 
@@ -303,11 +305,11 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
-        pass  # it was faster
+        pass  # the process has exited
 
 
 def processes_marked(prefix: str) -> list[psutil.Process]:
-    """Return the living processes whose mark begins with this text."""
+    """Return the running processes whose MARK_VARIABLE begins with this text."""
     return [
         process
         for process in psutil.process_iter(["environ"])
@@ -316,7 +318,7 @@ def processes_marked(prefix: str) -> list[psutil.Process]:
 
 
 def processes_left(prefix: str) -> list[psutil.Process]:
-    """Return the marked processes that are still there after SETTLE_DEADLINE; at once when there are none."""
+    """Return the processes with this mark that still run after SETTLE_DEADLINE. Returns at once if there are none."""
     left = processes_marked(prefix)
     try:
         wait_until(lambda: not any(map(lives, left)), "the end of these", SETTLE_DEADLINE)
@@ -326,14 +328,14 @@ def processes_left(prefix: str) -> list[psutil.Process]:
 
 
 def end_processes(processes: Sequence[psutil.Process]) -> None:
-    """Kill these, and wait until they are gone."""
+    """Kill these processes, and wait until they are gone."""
     for process in processes:
         _send(process, signal.SIGKILL)
     wait_until(lambda: not any(map(lives, processes)), "the end of killed processes", KILL_DEADLINE)
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether the process runs, or could: a zombie does not, whoever has yet to reap it."""
+    """Whether the process exists and is not a zombie."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -341,20 +343,20 @@ def lives(process: psutil.Process) -> bool:
 
 
 class Server(ABC):
-    """One private server on 127.0.0.1, on a port that stays the same through restarts.
+    """A private server on 127.0.0.1. Its port stays the same after a restart.
 
     Attributes:
         port: Its TCP port.
-        data: Its own folder: configuration and data. Removed by `close`.
-        log: Everything it has written, of all its starts.
+        data: The folder with its configuration and data. `close` deletes the folder.
+        log: The file with its stdout and stderr since its first start.
     """
 
     kind: ClassVar[str]
     host: ClassVar[str] = "127.0.0.1"
-    #: How it is asked to end in order, and how long (seconds) that may take.
+    #: The signal for a clean stop, and how long the stop may take (seconds).
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     stop_grace: ClassVar[float] = 30.0
-    #: What the kernel sends it when the test run has died; a server that cleans up after its children needs more.
+    #: The signal that the kernel sends it when the test run dies. A server that has to stop its children needs another.
     death_signal: ClassVar[str] = "KILL"
 
     def __init__(self, run: RunFolder) -> None:
@@ -367,25 +369,25 @@ class Server(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the data folder ready for a start; called before each, so that changed settings count."""
+        """Write the configuration. Called before each start, so a changed setting takes effect at the next start."""
 
     @abstractmethod
     def command(self) -> Sequence[str]:
-        """Return the program and its arguments. It must stay in the foreground, and no password may be in it."""
+        """Return the program and its arguments: in the foreground, and without a password."""
 
     @abstractmethod
     def probe(self) -> None:
-        """Connect and log in; any of `not_ready` means: not yet."""
+        """Connect and log in. An exception in `not_ready` means that the server still starts."""
 
-    #: Errors of `probe` that mean "not yet".
+    #: Exceptions of `probe` that mean that the server still starts.
     not_ready: ClassVar[tuple[type[Exception], ...]]
 
     def environment(self) -> dict[str, str]:
-        """Return the whole environment of the server: nothing is inherited but PATH."""
+        """Return the environment of the server. Only PATH is inherited."""
         return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.data), "LC_ALL": "C.UTF-8"}
 
     def user(self) -> pwd.struct_passwd | None:
-        """Whom it runs as; None: as ourselves."""
+        """The user that it runs as. None: the user of the tests."""
         return None
 
     @property
@@ -394,15 +396,15 @@ class Server(ABC):
 
     @property
     def pid(self) -> int:
-        """The process id of its main process; it has to be running."""
+        """The process id of its main process. RuntimeError if it does not run."""
         return self._tree().pid
 
     def start(self) -> Self:
-        """Start it and wait until it takes a login.
+        """Start it and wait until a login succeeds.
 
         Raises:
             ServerMissing: It is not installed.
-            RuntimeError: It ended, or did not answer in time; with the end of its log.
+            RuntimeError: It exited, or did not answer within START_DEADLINE. The text has the end of its log.
         """
         if self.running:
             raise RuntimeError(f"{self.name} is running already")
@@ -424,36 +426,36 @@ class Server(ABC):
         return self
 
     def wait_ready(self, deadline: float = START_DEADLINE) -> None:
-        """Wait until it takes a login; RuntimeError as `start`."""
+        """Wait until a login succeeds. Raises RuntimeError as `start`."""
         end = time.monotonic() + deadline
         while True:
             try:
                 return self.probe()
             except self.not_ready as error:
                 if not self.running or time.monotonic() > end:
-                    state = "does not answer" if self.running else "ended by itself"
+                    state = "does not answer" if self.running else "exited"
                     self.kill()
                     raise RuntimeError(f"{self.name} {state}: {error}\n{tail(self.log)}") from error
             time.sleep(POLL_INTERVAL)
 
     def stop(self) -> None:
-        """End it in order and keep its data; nothing happens if it does not run."""
+        """Stop it cleanly and keep its data. Does nothing if it does not run."""
         if self.tree is not None:
             self.tree.stop(self.stop_signal, self.stop_grace)
             self.tree.end()
 
     def kill(self) -> None:
-        """SIGKILL to all its processes at once, as a power cut; its data stay; nothing happens if it does not run."""
+        """Send SIGKILL to all its processes and keep its data. Does nothing if it does not run."""
         if self.tree is not None:
             self.tree.end()
 
     def restart(self) -> None:
-        """Stop in order and start with the same port and data."""
+        """Stop it cleanly, and start it with the same port and data."""
         self.stop()
         self.start()
 
     def pause(self) -> None:
-        """Freeze all its processes: connections stay, the kernel still accepts new ones, nobody answers."""
+        """Freeze all its processes. Connections stay open, the kernel accepts new ones, and nothing answers."""
         self._tree().pause()
 
     def resume(self) -> None:
@@ -461,13 +463,13 @@ class Server(ABC):
         self._tree().resume()
 
     def close(self) -> None:
-        """Kill it, remove its data and give its port back; the log stays for the search through all output."""
+        """Kill it, delete its data, and release its port. The log stays for the search of RunChecks."""
         self.kill()
         give_back(self.port)
         shutil.rmtree(self.data, ignore_errors=True)
 
     def hand_over(self, *paths: Path) -> None:
-        """Give files, or whole folders, to the user that the server runs as (a TLS key, for instance)."""
+        """Change the owner of files or whole folders to the user of the server (for instance a TLS key)."""
         user = self.user()
         if user is None:
             return
@@ -482,11 +484,11 @@ class Server(ABC):
 
 
 def tail(log: Path, lines: int = 30) -> str:
-    """Return the last lines of a log, for the message of a failure."""
+    """Return the last lines of a log."""
     return "\n".join(log.read_text(errors="backslashreplace").splitlines()[-lines:])
 
 
 def settings_lines(settings: Mapping[str, object], separator: str) -> Iterator[str]:
-    """Write settings one per line, for the servers' configuration files."""
+    """Return one line per setting, for a configuration file."""
     for key, value in settings.items():
         yield f"{key}{separator}{value}\n"

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server, for faults that the server itself does not know of."""
+"""A TCP proxy in front of a server, for network faults."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from tests.servers.process import free_port, give_back
 
 #: Bytes forwarded at a time.
 CHUNK_BYTES = 1 << 16
-#: Seconds to reach the server for a new client, and for a thread to end.
+#: Timeout of the connection to the server, and of the end of a thread (seconds).
 PATIENCE = 10.0
-#: Linux, Python has no name for it: attach a packet filter (struct sock_fprog) to a socket. This one keeps 0 bytes of
-#: every packet that arrives.
+#: Linux socket option that Python does not define: attach a packet filter (struct sock_fprog) to a socket. The filter
+#: below keeps 0 bytes of every packet that arrives.
 SO_ATTACH_FILTER = 26
 _DROP = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0), 8)
 DROP_ALL = struct.pack("HP", 1, ctypes.addressof(_DROP))
 
 
 class Proxy:
-    """Forwards TCP connections to a server until told otherwise.
+    """Forwards TCP connections to a server, until a test calls `cut`, `strand`, `deafen` or `refuse`.
 
     Attributes:
-        port: Where it listens on 127.0.0.1; the same after `refuse` and `heal`.
-        accepted: How many connections it has taken since it was made.
+        port: Its port on 127.0.0.1; the same after `refuse` and `heal`.
+        accepted: How many connections it has accepted since it was created.
 
-    Who is behind `cut` sees silence, not an error. One thing differs from a pulled cable: the kernel goes on to
-    acknowledge what is sent and answers TCP keepalives. After `strand` it does not (on Linux).
+    After `cut`, both sides get no data and no error. A pulled cable differs in one point: here the kernel still
+    acknowledges data and answers TCP keepalives. After `strand` it does not (on Linux).
     """
 
     def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
@@ -63,7 +63,7 @@ class Proxy:
         return self
 
     def through(self, url: str) -> str:
-        """Return this URL of the server with the proxy's address in it."""
+        """Return this URL with the address of the proxy."""
         parts = urlsplit(url)
         login = parts.netloc.rpartition("@")[0]
         address = f"{self.host}:{self.port}"
@@ -71,22 +71,22 @@ class Proxy:
 
     @property
     def open_connections(self) -> int:
-        """How many connections stand now, also those that `cut` has silenced."""
+        """The number of open connections, including those without data after `cut`."""
         with self._state:
             return len(self._links)
 
     def cut(self) -> None:
-        """Swallow everything: connections stay open, new ones are accepted, and not a byte or FIN passes."""
+        """Forward no byte and no FIN. Connections stay open, and new ones are accepted."""
         with self._state:
             if self._mode == "refuse":
-                raise RuntimeError("a proxy that refuses has nothing to cut: heal it first")
+                raise RuntimeError("the proxy refuses connections: call heal() before cut()")
             self._mode = "cut"
 
     def strand(self) -> None:
-        """Forward again, but only what connects from now on: the connections that stand are silent for ever.
+        """Forward new connections only. The open connections never get another byte.
 
-        So a firewall that lost its state. On Linux neither side gets as much as an acknowledgement any more, and each
-        must notice by itself: by its keepalives or by a timeout of its own.
+        A firewall that has lost its state does the same. On Linux the open connections do not even get an
+        acknowledgement, so each side notices the loss only by its own keepalives or timeouts.
         """
         with self._state:
             lost = list(self._links)
@@ -96,22 +96,22 @@ class Proxy:
         self.heal()
 
     def deafen(self) -> None:
-        """Take what clients send, and lose what the server answers, without an acknowledgement. Linux only."""
+        """Forward what clients send, but drop the answers of the server without an acknowledgement. Linux only."""
         with self._state:
             _drop_all(link.server for link in self._links)
 
     def lead_to(self, port: int) -> None:
-        """Another server has this address from now on: who connects finds it. The connections that stand stay."""
+        """Forward new connections to another port. Open connections stay with the old server."""
         self._target = (self._target[0], port)
 
     def refuse(self) -> None:
-        """Close all connections and the listener: whoever connects is refused, as by a server that is down."""
+        """Close all connections and the listener. New connections are refused, as if the server were down."""
         with self._state:
             self._mode = "refuse"
             self._state.notify_all()
             links = list(self._links)
             if self._waker is not None:
-                self._waker.close()  # wakes the acceptor, which closes the listener
+                self._waker.close()  # the acceptor wakes up and closes the listener
                 self._waker = None
             acceptor, self._acceptor = self._acceptor, None
         for link in links:
@@ -121,7 +121,7 @@ class Proxy:
                 thread.join(PATIENCE)
 
     def heal(self) -> None:
-        """Forward again. What was cut goes on where it stopped, nothing lost, as TCP after a short outage."""
+        """Forward again. Connections continue without loss after `cut`, as TCP does after a short outage."""
         with self._state:
             if self._mode == "refuse":
                 self._listen()
@@ -129,19 +129,19 @@ class Proxy:
             self._state.notify_all()
 
     def close(self) -> None:
-        """End it: as `refuse`, and its port may be another's."""
+        """Do the same as `refuse`, and release the port."""
         self.refuse()
         give_back(self.port)
 
     def connect(self) -> socket.socket:
-        """Open a connection to the server; OSError if it is not there."""
+        """Open a connection to the server. Raises OSError."""
         server = socket.create_connection(self._target, PATIENCE)
         server.settimeout(None)
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return server
 
     def passes(self, link: _Link) -> bool:
-        """Wait while the link is cut; then whether forwarding goes on (True) or everything is to be closed."""
+        """Wait while the link is cut. Then return whether to forward (True) or to close the connections (False)."""
         with self._state:
             self._state.wait_for(
                 lambda: self._mode == "refuse" or (self._mode == "forward" and link not in self._stranded)
@@ -149,7 +149,7 @@ class Proxy:
             return self._mode == "forward"
 
     def forget(self, link: _Link) -> None:
-        """Count this link no more."""
+        """Remove this link from the open connections."""
         with self._state:
             self._links.discard(link)
             self._stranded.discard(link)
@@ -167,7 +167,7 @@ class Proxy:
                 try:
                     client, _ = listener.accept()
                 except OSError:
-                    continue  # it went away again
+                    continue  # the client has closed the connection
                 client.setblocking(True)
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 link = _Link(self, client)
@@ -178,7 +178,7 @@ class Proxy:
 
 
 class _Link:
-    """One client's connection and the one to the server, with a thread for each direction."""
+    """The connection of a client and that to the server, with a thread for each direction."""
 
     def __init__(self, proxy: Proxy, client: socket.socket) -> None:
         self._proxy = proxy
@@ -187,7 +187,7 @@ class _Link:
         self.thread = threading.Thread(target=self._serve, name="proxy up", daemon=True)
 
     def break_off(self) -> None:
-        """Wake both threads out of whatever they wait for; the sockets are closed when both have ended."""
+        """Interrupt both threads. When both have ended, the sockets are closed."""
         _shut_down([self.client, self.server])
 
     def _serve(self) -> None:
@@ -199,7 +199,7 @@ class _Link:
                 self._pump(self.client, server)
                 down.join()
         except OSError:
-            pass  # the server is not there: the client sees its connection closed
+            pass  # the server is down: close the connection of the client
         finally:
             for end in (self.client, self.server):
                 if end is not None:
@@ -207,14 +207,14 @@ class _Link:
             self._proxy.forget(self)
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        """Forward one direction until its end; an end that comes during a cut passes after it."""
+        """Forward one direction until its end. If the end comes during `cut`, it is forwarded after `heal`."""
         try:
             while data := source.recv(CHUNK_BYTES):
                 if not self._proxy.passes(self):
                     break
                 sink.sendall(data)
             if self._proxy.passes(self):
-                sink.shutdown(socket.SHUT_WR)  # the other direction may still have something to say
+                sink.shutdown(socket.SHUT_WR)  # the other direction may still have data
                 return
         except OSError:
             self._proxy.passes(self)
@@ -231,7 +231,7 @@ def _shut_down(ends: Sequence[socket.socket | None]) -> None:
 
 
 def _drop_all(ends: Iterable[socket.socket | None]) -> None:
-    """Have the kernel drop whatever arrives at these."""
+    """Let the kernel drop every packet that arrives at these sockets."""
     for end in ends:
         if end and end.fileno() >= 0:
             end.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, DROP_ALL)

@@ -1,4 +1,4 @@
-"""RabbitMQ: one node per server, one virtual host per test."""
+"""RabbitMQ: a server is one node; each test has a virtual host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.servers.process import (
     wait_until,
 )
 
-#: Not Debian's /usr/sbin/rabbitmq-server, which is for its own user and its own node.
+#: Debian's /usr/sbin/rabbitmq-server is not used: it changes to the user rabbitmq, and to the node of the machine.
 HOMES = (
     "usr/lib/rabbitmq/lib/rabbitmq_server-*",
     "opt/rabbitmq*",
@@ -35,43 +35,43 @@ HOMES = (
     "usr/local/opt/rabbitmq",
 )
 ERLANG_FOLDERS = ("/usr/lib/erlang/bin", "/usr/local/lib/erlang/bin", "/opt/homebrew/opt/erlang/lib/erlang/bin")
-#: The only user of a private node; there is no guest.
+#: The only user of a private node.
 USER = "bifrost"
-#: Seconds for one connection attempt, and for one expression in the node.
+#: Timeouts of a connection attempt, and of an Erlang expression (seconds).
 CONNECT_TIMEOUT = 5.0
 EVALUATE_TIMEOUT = 30
 
 
 class Rabbitmq:
-    """A broker that tests may use: our own, or one that BIFROST_TEST_RABBITMQ_URL names."""
+    """A broker of the tests: a private one, or that of BIFROST_TEST_RABBITMQ_URL."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
 
     def url(self, vhost: str | None = None) -> str:
-        """Return the URL of a virtual host; None: the one of the base URL."""
+        """Return the URL of a virtual host. None: that of the base URL."""
         if vhost is None:
             return self.base_url
         return urlunsplit(urlsplit(self.base_url)._replace(path=f"/{quote(vhost, safe='')}"))
 
 
 def vhost_of(url: str) -> str:
-    """The name of the virtual host of a URL."""
+    """Return the virtual host in a URL."""
     return url.rpartition("/")[2]
 
 
 class RabbitmqServer(Server, Rabbitmq):
-    """A private RabbitMQ node without plugins, apart from the machine's own in every respect.
+    """A private RabbitMQ node without plugins.
 
-    It has its own node name, cookie, home, port mapper, distribution port, and data; the machine's configuration
-    files are not read. A kill loses what was declared a moment before, as in life; `evaluate("mnesia:sync_log()")`
-    has it written.
+    It shares nothing with a RabbitMQ of the machine: it has its own node name, cookie, home, epmd, distribution port
+    and data, and does not read the configuration files of the machine. A kill may lose queues that were declared in
+    the second before it; call `write_down` first to keep them.
 
     Args:
-        run: Where its files go.
+        run: The folder for its files.
         conf: Lines of rabbitmq.conf, for instance `["consumer_timeout = 5000"]`.
-        advanced: What rabbitmq.conf has no word for: settings of the application `rabbit` as Erlang terms, for
-            instance `{"channel_tick_interval": "1000"}`. Both may be changed between two starts.
+        advanced: Settings of the application `rabbit` that rabbitmq.conf does not have, as Erlang terms, for instance
+            `{"channel_tick_interval": "1000"}`. A change of `conf` or `advanced` takes effect at the next start.
         seed: A running node whose cluster it joins at its first start.
     """
 
@@ -97,11 +97,11 @@ class RabbitmqServer(Server, Rabbitmq):
 
     @property
     def node(self) -> str:
-        """Its name among Erlang's nodes."""
+        """Its Erlang node name."""
         return f"{self.name}@localhost"
 
     def add_vhost(self, prefix: str = "test") -> str:
-        """Create a virtual host of a new name and return the name. It takes some 30 ms: rabbitmqctl takes 2 s."""
+        """Create a virtual host with a new name; return the name. (30 ms; rabbitmqctl takes 2 s.)"""
         vhost = f"{prefix}-{secrets.token_hex(4)}"
         self.evaluate(
             f'ok = rabbit_vhost:add(<<"{vhost}">>, <<"tests">>), '
@@ -111,19 +111,19 @@ class RabbitmqServer(Server, Rabbitmq):
         return vhost
 
     def write_down(self) -> None:
-        """Have all that was declared written.
+        """Write all declarations to disk now.
 
-        RabbitMQ 3.10 does so within a second. A node that is killed before comes back with a quorum queue that has no
-        leader, until the worker replaces it, a quarter of a minute later (docs/reliability.md).
+        RabbitMQ 3.10 writes them within a second. If the node is killed before that, its quorum queue has no leader
+        after the restart, until the worker deletes and declares the queue about 15 s later (docs/reliability.md).
         """
         self.evaluate("mnesia:sync_log(), [dets:sync(Table) || Table <- dets:all()]")
 
     def delete_vhost(self, vhost: str) -> None:
-        """Delete a virtual host with its queues, and close the connections to it."""
+        """Delete a virtual host with its queues, and close its connections."""
         self.evaluate(f'rabbit_vhost:delete(<<"{vhost}">>, <<"tests">>)')
 
     def evaluate(self, expression: str) -> str:
-        """Evaluate an Erlang expression in the node, as `rabbitmqctl eval`, and return the term as text.
+        """Evaluate an Erlang expression in the node, as `rabbitmqctl eval` does. Return the result as text.
 
         Raises:
             RuntimeError: The node does not answer, or the expression fails.
@@ -167,9 +167,9 @@ class RabbitmqServer(Server, Rabbitmq):
                     *([f"{joins}.1 = {self.seed.node}", f"{joins}.2 = {self.node}"] if self.seed else []),
                     f"listeners.tcp.local = {self.host}:{self.port}",
                     f"default_user = {USER}",
-                    # RabbitMQ 4 takes what stands before a ":" for the name of a kind of encryption.
+                    # Not the planted password: RabbitMQ 4 reads the text before a ":" as the name of an encryption.
                     f"default_pass = {secrets.token_hex(16)}",
-                    "disk_free_limit.absolute = 1MB",  # a full disk is not what these tests are about
+                    "disk_free_limit.absolute = 1MB",  # no disk alarm on a nearly full disk
                     *self.conf,
                     "",
                 ]
@@ -180,7 +180,7 @@ class RabbitmqServer(Server, Rabbitmq):
 
     @property
     def cookie(self) -> str:
-        """What the nodes of its cluster know each other by."""
+        """The Erlang cookie of its cluster."""
         return (self.data / ".erlang.cookie").read_text()
 
     def environment(self) -> dict[str, str]:
@@ -202,7 +202,7 @@ class RabbitmqServer(Server, Rabbitmq):
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_UPGRADE_LOG": str(data / "log" / "upgrade.log"),
             "RABBITMQ_PID_FILE": str(data / "pid"),
-            # The script then becomes the node, instead of a shell that waits for it.
+            # With this variable the script runs `exec erl`; without it, a shell waits for the node.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
 
@@ -229,7 +229,7 @@ class RabbitmqServer(Server, Rabbitmq):
         give_back(self.distribution_port)
 
     def _start_mapper(self) -> None:
-        """Start epmd ourselves: one that the node starts is a daemon that outlives everything."""
+        """Start epmd. If the node starts it, epmd becomes a daemon that outlives the tests."""
         if self._mapper is not None and self._mapper.running:
             return
         with self.log.open("ab") as log:
@@ -253,7 +253,7 @@ def _listens(host: str, port: int) -> bool:
 
 
 def home() -> Path:
-    """Return the folder of the newest RabbitMQ with its sbin and plugins."""
+    """Return the folder of the newest installed RabbitMQ. Raises ServerMissing."""
     found = [home for pattern in HOMES for home in Path("/").glob(pattern) if (home / "sbin/rabbitmq-server").exists()]
     if not found:
         raise ServerMissing(f"no RabbitMQ in {', '.join(f'/{pattern}' for pattern in HOMES)}")
@@ -261,10 +261,10 @@ def home() -> Path:
 
 
 def _needed_applications(home: Path, copy: Path) -> None:
-    """Link a RabbitMQ home in which only the broker and what it needs is on the code path.
+    """Make a copy (symbolic links) of a RabbitMQ home with only the broker and the applications that it needs.
 
-    Erlang looks for every module in every folder of the path: with the 50 folders of unused plugins a start takes
-    two to three times as long (measured: 12 s instead of 4).
+    Erlang searches every folder of the code path for every module. With the 50 folders of unused plugins a start took
+    12 s instead of 4 s.
     """
     if copy.exists():
         return
@@ -275,7 +275,7 @@ def _needed_applications(home: Path, copy: Path) -> None:
     wanted, linked = ["rabbit"], set[str]()
     while wanted:
         name = wanted.pop()
-        if name in linked or name not in folders:  # the others are Erlang's own
+        if name in linked or name not in folders:  # part of Erlang itself
             continue
         linked.add(name)
         (copy / "plugins" / folders[name].name).symlink_to(folders[name])

@@ -1,22 +1,22 @@
-"""Several RabbitMQ nodes that are one broker."""
+"""A RabbitMQ broker of several nodes."""
 
 from __future__ import annotations
 
 from tests.servers.process import RunFolder, wait_until
 from tests.servers.rabbitmq import RabbitmqServer
 
-#: Seconds until nodes that can reach each other are one cluster again.
+#: How long nodes may take until they form one cluster again (seconds).
 WHOLE_DEADLINE = 60.0
-#: Nodes that cannot see most of the others stop, as RabbitMQ's guide tells clusters of three to have it. Seconds in
-#: which a frozen node is noticed: by default 60, in which RabbitMQ declares and deletes nothing.
+#: pause_minority: RabbitMQ's recommendation for three nodes. net_ticktime: how long the others take to notice a frozen
+#: node (seconds; the default is 60, and during that time RabbitMQ declares and deletes nothing).
 CONF = ("cluster_partition_handling = pause_minority", "net_ticktime = 8")
 
 
 class RabbitmqCluster:
-    """Three nodes on free ports. Each can be killed, frozen, and started again like any server; or be cut off.
+    """Three nodes on free ports. A test may kill, freeze and restart each, or disconnect it from the others.
 
     Attributes:
-        nodes: The first is the one that the others joined.
+        nodes: The others joined the first.
     """
 
     def __init__(self, run: RunFolder, size: int = 3) -> None:
@@ -25,7 +25,7 @@ class RabbitmqCluster:
         self._cut_off: RabbitmqServer | None = None
 
     def start(self) -> RabbitmqCluster:
-        """Start what does not run, and wait until all are one cluster."""
+        """Start the stopped nodes, and wait until all nodes form one cluster."""
         for node in self.nodes:
             if not node.running:
                 node.start()
@@ -34,17 +34,17 @@ class RabbitmqCluster:
         return self
 
     def close(self) -> None:
-        """As a server's: the seed last, whose port mapper the others use."""
+        """Close all nodes; the first node last, because the others use its epmd."""
         for node in reversed(self.nodes):
             node.close()
 
     @property
     def living(self) -> RabbitmqServer:
-        """A node that runs, and is not cut off; not the first if there is another."""
+        """A running node that is not disconnected from the others; the first only if there is no other."""
         return next(node for node in reversed(self.nodes) if node.running and node is not self._cut_off)
 
     def leader(self, vhost: str, queue: str) -> RabbitmqServer:
-        """The node that leads a quorum queue."""
+        """Return the node that leads a quorum queue."""
         answer = self.living.evaluate(
             f'{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)),'
             " {_, Node} = amqqueue:get_pid(Queue), Node"
@@ -52,9 +52,9 @@ class RabbitmqCluster:
         return next(node for node in self.nodes if node.node == answer.strip("'"))
 
     def cut_off(self, lost: RabbitmqServer) -> None:
-        """No other node reaches this one, and it none of them: it knows them by a wrong cookie. Clients still do."""
+        """Disconnect this node from the other nodes, by a wrong Erlang cookie. Clients still reach the node."""
         self._cut_off = lost
-        # In one step: where one node has lost it and another has not, RabbitMQ stops both.
+        # In one step: if one node has lost the connection and another has not, RabbitMQ stops both.
         lost.evaluate(self._know_others_by(lost, "wrong") + "[erlang:disconnect_node(Node) || Node <- nodes()]")
 
     def _rejoin(self) -> None:

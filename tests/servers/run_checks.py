@@ -1,4 +1,4 @@
-"""What is checked of a whole run: no password in any output, no process left, no test silently without a server."""
+"""Checks of the whole run: no password in any output, no process left running, no test skipped in CI."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 from tests.servers.leaks import leaks_below, leaks_in, leaks_in_processes
 from tests.servers.process import RunFolder, end_processes
 
-#: How the reason of a test begins that had no server; the summary counts by it.
+#: The first words of a skip or failure because a server is not installed. The summary counts these.
 LACKS_SERVER = "no server:"
-#: The property of a test's report that names a process with the password in its arguments.
+#: The report property that names a process with the password in its arguments.
 LEAK = "leak"
-#: How pytest ends when no test has failed.
+#: The exit codes of pytest if no test has failed.
 GOOD = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def lacks_server(reason: object, *, in_ci: bool) -> NoReturn:
-    """End a test whose server is not installed: skipped on a laptop, failed in CI."""
+    """Skip a test whose server is not installed. In CI, fail it."""
     text = f"{LACKS_SERVER} {reason}"
     if in_ci:
         pytest.fail(text, pytrace=False)
@@ -27,13 +27,13 @@ def lacks_server(reason: object, *, in_ci: bool) -> NoReturn:
 
 
 def note_leaks_in_processes(report: pytest.TestReport, run: RunFolder) -> None:
-    """Look at what a test has started before its fixtures end it; the process that reports reads the note."""
+    """Search the processes before the fixtures end them, and note the result in the report of the test."""
     if report.when == "call":
         report.user_properties += [(LEAK, place) for place in leaks_in_processes(run.root.name)]
 
 
 class RunChecks:
-    """The plugin of the process that reports: pytest's only one, or the controller of the xdist workers."""
+    """A plugin for the process that gets all reports: pytest itself, or the controller of xdist."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -52,7 +52,7 @@ class RunChecks:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Runs after session fixtures and xdist workers have ended, and before the terminal's summary."""
+        """Runs after the session fixtures and the xdist workers have ended, and before the summary."""
         left = self.run.left_over()
         self.faults += [f"left running: {process.pid} {' '.join(process.cmdline())}" for process in left]
         end_processes(left)
@@ -66,21 +66,21 @@ class RunChecks:
         yield
         if self.faults:
             terminalreporter.section("faults of the whole run", sep="=", red=True)
-            for fault in dict.fromkeys(self.faults):  # each phase of a test repeats what was captured before
+            for fault in dict.fromkeys(self.faults):  # a phase repeats the captured output of the phases before
                 terminalreporter.line(fault, red=True)
-        del exitstatus  # not the one that the faults have made of it
+        del exitstatus  # pytest_sessionfinish may have changed it
         if not self._passed:
             terminalreporter.line(f"output of all processes: {self.run.output}")
         count = len(self.lacked_server)
         terminalreporter.line(f"{count} tests lacked a server", yellow=count > 0)
 
     def pytest_unconfigure(self, config: pytest.Config) -> None:
-        """Keep the output of a run that failed, and nothing else."""
+        """Delete the folder of the run; keep the output if the run failed."""
         del config
         self.run.remove(keep_output=not self._passed)
 
     def _search(self, report: pytest.CollectReport | pytest.TestReport) -> None:
-        """Look at what pytest has captured of a test, and at what it would print about its failure."""
+        """Search the captured output and the failure text of a test."""
         texts = [text for _, text in report.sections]
         if any(map(leaks_in, [*texts, report.longreprtext])):
             self.faults.append(f"the planted password is in the report of {report.nodeid}")

@@ -1,4 +1,4 @@
-"""Prints which servers the tests of this machine run on, as a row of the README's table: `make test` ends with it."""
+"""Print the versions of the servers on this machine, as a row of the table in the README. `make test` ends with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.servers.process import ServerMissing, find_program
 
 
 def row() -> str:
-    """The row: system, PostgreSQL, Redis or Valkey, RabbitMQ, PgBouncer, Python; "none" where a server is missing."""
+    """Return the row: system, PostgreSQL, Redis or Valkey, RabbitMQ, PgBouncer, Python. "none": not installed."""
     versions = [
         _version_or_none(lambda: _said_by(postgres.programs() / "postgres")),
         _version_or_none(lambda: _said_by(redis.find_redis(redis.PROGRAMS))),
-        # Its folder has the version in its name; asking RabbitMQ takes a node.
+        # The name of its folder ends with the version. RabbitMQ prints its version only from a running node.
         _version_or_none(lambda: rabbitmq.home().name.rpartition("-")[2]),
         _version_or_none(lambda: _said_by(find_program("pgbouncer", *pgbouncer.PROGRAM_FOLDERS))),
         platform.python_version(),
@@ -33,7 +33,7 @@ def _version_or_none(version: Callable[[], str]) -> str:
 
 
 def _said_by(program: str | Path) -> str:
-    """What `PROGRAM --version` says: the first number with points, and "Valkey" where it says so."""
+    """Return the version in the output of `PROGRAM --version`; for Valkey, "Valkey" and the version."""
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"\d+(\.\d+)+", said)
     assert found, said

@@ -110,7 +110,6 @@ class Stack:
         finally:
             for line in self.init_lines.all() + self.worker_lines.all():
                 line.refuse()
-            commands.kill()  # a worker would take seconds to end, and have to reconnect for it
             commands.close()
             with contextlib.suppress(psycopg.OperationalError):
                 self.postgres.drop_database(database)
