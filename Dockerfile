@@ -1,8 +1,8 @@
 # One image for init, the bootstrap worker and Flower.
 #
-# Everything lies in a virtual environment of its own, /opt/bifrost-bootstrap, so that BASE_IMAGE may just as well be the
-# platform's image: its packages stay as they are (its pip too; ours has none), its migrations are there, and with
-# BIFROST_ALEMBIC_PYTHON its own interpreter runs them. Any Debian-based image with a CPython >= 3.11 as `python3` will do.
+# The package has its own virtual environment, /opt/bifrost-bootstrap. So BASE_IMAGE may be the platform's image: its packages
+# and its pip do not change, it holds the migrations, and its own interpreter (BIFROST_ALEMBIC_PYTHON) runs them. BASE_IMAGE
+# must be Debian-based, with a CPython >= 3.11 as `python3`.
 ARG BASE_IMAGE=python:3.13-slim
 
 FROM python:3.13-slim AS tini
@@ -13,7 +13,7 @@ USER root
 WORKDIR /build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv builder && python3 -m venv --without-pip /opt/bifrost-bootstrap
-# What is locked comes before the source: a change to the source installs nothing anew.
+# The locked packages come before the source, so that a change to the source does not install them again.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirements,target=requirements \
     builder/bin/pip install --require-hashes --only-binary :all: -r requirements/build.lock \
  && builder/bin/pip --python /opt/bifrost-bootstrap/bin/python install \
@@ -26,8 +26,8 @@ RUN builder/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheel ./sou
 
 FROM ${BASE_IMAGE}
 USER root
-# Official Python images carry no bytecode for the standard library, and a read-only container could never write it:
-# each start would compile it again.
+# Official Python images have no bytecode for the standard library. A read-only container cannot write it, so each start
+# would compile it again.
 RUN (getent group 10001 || groupadd --gid 10001 bifrost-bootstrap) \
  && (getent passwd 10001 || useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent \
       --shell /usr/sbin/nologin bifrost-bootstrap) \
@@ -39,9 +39,9 @@ ENV PATH=/opt/bifrost-bootstrap/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
-# One of the base image would ask its API; ours stand in the deployment's files.
+# A health check of the base image would ask its API. The files in deploy/ have ours.
 HEALTHCHECK NONE
-# Nothing but a minimal init, which hands signals on and buries orphans: any command can follow.
+# Only a minimal init, which forwards signals and reaps orphans. Any command can follow.
 ENTRYPOINT ["tini", "--"]
 CMD ["bifrost-bootstrap", "init"]
 

@@ -1,37 +1,37 @@
-# One word per job; `make` lists them. Nothing needs to be installed by hand but a CPython from 3.11 on, and make.
+# `make` lists the targets. They need only make and a CPython from 3.11 on.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 
 PYTHON := .venv/bin/python
-# pytest's own options, for instance: make test PYTEST_ARGS='-k lock -x'
+# Options of pytest, for instance: make test PYTEST_ARGS='-k lock -x'
 PYTEST_ARGS ?=
 # How often `make race` repeats the tests marked `race`, and the other tests of M1 to M19.
 RACES ?= 20
 OTHERS ?= 3
 
 .PHONY: help
-help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
-demo: venv ## start private servers, load modules, run init twice, import a module from the cache
+demo: venv ## run both steps on private servers, and import a module from the cache
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" tools/demo
 
 .PHONY: test
-test: venv ## all tests but those below
+test: venv ## run all tests except those below
 	tools/test-servers
-	# More processes than cores: most of a test is waiting for servers.
+	# More processes than cores, because a test mostly waits for servers.
 	$(PYTHON) -m pytest -n 6 --dist worksteal -m "not faults and not slow and not race and not clusters" $(PYTEST_ARGS)
 	@$(PYTHON) -m tests.servers.versions
 
 .PHONY: test-pythons
-test-pythons: venv ## the unit tests on every other CPython that is here
+test-pythons: venv ## run the unit tests on every other installed CPython
 	tools/test-servers
 	tools/test-other-pythons
 
 .PHONY: check
-check: venv ## format, lint, types, import contracts, lock files, known vulnerabilities, Compose files, manifests, size
+check: venv ## check format, lint, types, import contracts, lock files, known vulnerabilities, Compose files, manifests, size
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
@@ -47,16 +47,16 @@ check: venv ## format, lint, types, import contracts, lock files, known vulnerab
 	$(PYTHON) tools/count-lines
 
 .PHONY: bench
-bench: venv ## measure against the naive script and against the limit
+bench: venv ## compare the speed with the naive script and with the limit
 	tools/test-servers
 	$(PYTHON) -m benchmarks
 
 .PHONY: test-compose
-test-compose: venv ## the Compose stack, as a user runs it (needs a container engine)
+test-compose: venv ## test the Compose stack as a user runs it (needs a container engine)
 	$(PYTHON) -m pytest --timeout=900 tests/compose $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: venv ## the fault matrix (kill, freeze, restart or cut every part while init runs), and the slow tests
+test-faults: venv ## run the fault matrix (kill, freeze, restart or cut every part while init runs) and the slow tests
 	tools/test-servers
 	$(PYTHON) -m pytest -n 4 --timeout=900 -m "faults or slow" $(PYTEST_ARGS)
 
@@ -66,25 +66,25 @@ test-clusters: venv ## lose a node of RabbitMQ, PostgreSQL and Redis in every ph
 	$(PYTHON) -m pytest -n 2 --timeout=300 -m clusters tests/always_ends/clusters $(PYTEST_ARGS)
 
 .PHONY: test-kube
-test-kube: venv ## the Pods of the Kubernetes manifests, with their init containers (needs podman and kubectl)
+test-kube: venv ## run the Pods of the Kubernetes manifests with their init containers (needs podman and kubectl)
 	$(PYTHON) -m pytest --timeout=900 tests/kube $(PYTEST_ARGS)
 
 .PHONY: test-platform
-test-platform: venv ## against the real platform: PLATFORM=checkout PLATFORM_PYTHON=interpreter [PLATFORM_FROM=older checkout]
+test-platform: venv ## test with the real platform: PLATFORM=checkout PLATFORM_PYTHON=interpreter [PLATFORM_FROM=older checkout]
 	@PLATFORM="$(PLATFORM)" PLATFORM_PYTHON="$(PLATFORM_PYTHON)" PLATFORM_FROM="$(PLATFORM_FROM)" \
 		$(PYTHON) -m pytest --timeout=1200 tests/platform $(PYTEST_ARGS)
 
 .PHONY: test-debian13
-test-debian13: ## make demo and make test on Debian 13, in a root of its own (needs root and debootstrap) [BIND=folders]
+test-debian13: ## run make demo and make test in a Debian 13 root (needs root and debootstrap) [BIND=folders]
 	@BIND="$(BIND)" ROOT="$(ROOT)" TARGETS="$(TARGETS)" tools/debian13
 
 .PHONY: soak
-soak: venv ## live writers, restarts and re-warms, for a long time
+soak: venv ## run live writers, restarts and re-warms for a long time
 	tools/test-servers
 	$(PYTHON) -m pytest --timeout=0 tests/soak $(PYTEST_ARGS)
 
 .PHONY: race
-race: venv ## the tests that race processes against each other (RACES=20 times), the other tests of M1 to M19 (OTHERS=3)
+race: venv ## repeat the tests of races (RACES=20 times) and the other tests of M1 to M19 (OTHERS=3 times)
 	tools/test-servers
 	@run=1; while [ $$run -le $(RACES) ]; do \
 		echo "race $$run of $(RACES)"; \
@@ -98,24 +98,24 @@ race: venv ## the tests that race processes against each other (RACES=20 times),
 	done
 
 .PHONY: docs
-docs: venv ## write anew what the docs repeat of the code
+docs: venv ## write the generated parts of the documents
 	$(PYTHON) tools/write-docs
 
 .PHONY: site
-site: venv ## build the documents as a site with a search, in build/site (SERVE=1: show it meanwhile)
+site: venv ## build the documents as a site with a search, in build/site (SERVE=1: serve it while you write)
 	@tools/site $(if $(SERVE),serve,build)
 
 .PHONY: screenshot
-screenshot: venv ## docs/flower.png anew: the task list after an init, in a browser
+screenshot: venv ## take docs/flower.png again: the task list after an init, in a browser
 	tools/test-servers
 	SCREENSHOT=docs/flower.png $(PYTHON) -m pytest -q tests/security/test_flower.py -k browser
 
 .PHONY: lock
-lock: ## write requirements/*.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)
+lock: ## write requirements/*.lock from pyproject.toml (UPGRADE=1: with the newest versions)
 	@UPGRADE=$(UPGRADE) tools/lock
 
 .PHONY: clean
-clean: ## delete what this Makefile and the tools have made
+clean: ## delete everything that this Makefile and the tools have made
 	rm -rf .venv .venv-3.* .venv.lock .lock-venv .audit-venv build dist *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run once, by the image, in a new primary: the role by which a standby copies and follows it.
+# The image runs this once, in a new primary. It creates the role with which a standby copies and follows it.
 set -eu
 psql -v ON_ERROR_STOP=1 --no-psqlrc -q -U "$POSTGRES_USER" -d "$POSTGRES_DB" <<'END'
 \set replication_password `cat /run/secrets/postgres-replication-password`
