@@ -70,5 +70,5 @@ def test_i05_held_by_a_busy_worker(deployment: Deployment) -> None:
         client.delete(renewed)
     deployment.release()
     assert first.wait().returncode == 0
-    worker.wait_for("is not begun: no init waits for it any more")
+    worker.wait_for("was not started: no init waits for it any more")
     deployment.assert_clean()
