@@ -1,6 +1,7 @@
-"""A bootstrap worker that waits where a test tells it to: while `{name}.hold` lies in the folder TEST_BARRIERS.
+"""A bootstrap worker with barriers: it waits at the barrier `name` while the file `{name}.hold` exists.
 
-Its work is the real one. Started by a test as a program, like `bifrost-bootstrap worker`.
+The files are in the folder TEST_BARRIERS. Otherwise it is the real `bifrost-bootstrap worker`. A test starts it as a
+program.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bifrost_bootstrap.warm import step as warm_step
 from bifrost_bootstrap.worker import program as worker_program, tasks
 
 FOLDER = Path(os.environ["TEST_BARRIERS"])
-#: Seconds between two looks at the folder.
+#: Polling interval (seconds).
 POLL_INTERVAL = 0.02
 
 run_warm = warm_step.warm
@@ -26,14 +27,14 @@ beat = worker_program.Heartbeat.beat
 
 
 def barrier(name: str) -> None:
-    """Tell that we are here, and wait as long as the test wants."""
+    """Create `{name}.reached.{pid}`, and wait while `{name}.hold` exists."""
     while (FOLDER / f"{name}.hold").exists():
         (FOLDER / f"{name}.reached.{os.getpid()}").touch()
         time.sleep(POLL_INTERVAL)
 
 
 def warm_with_barriers(settings: Any, deadline: Any, report: Report, **options: Any) -> Any:
-    """Stop when entries are staged and nothing is visible yet, and again when all is done but the result."""
+    """Wait at `warming` (entries are staged, none is visible), and at `result` (only the result is missing)."""
 
     def report_and_wait(progress: Progress) -> None:
         report(progress)
@@ -46,7 +47,7 @@ def warm_with_barriers(settings: Any, deadline: Any, report: Report, **options: 
 
 
 def beat_with_barrier(heartbeat: worker_program.Heartbeat) -> None:
-    """The worker's loop comes here every two seconds."""
+    """Wait at `loop`. The event loop of the worker calls this every two seconds."""
     barrier("loop")
     beat(heartbeat)
 

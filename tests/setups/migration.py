@@ -1,4 +1,7 @@
-"""What the tests of the step `migrate` are written in: trees, barriers, and the step as a process of its own."""
+"""The step `migrate` alone: a tree that a test writes, barriers inside revisions, and the step as a process.
+
+Fixtures: `tree`, `start_migrate`, `start_pool`, `other_server`.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from tests.servers.process import wait_until
 
 TREES = Path(__file__).parent.parent / "trees"
 RUN_MIGRATE = (sys.executable, str(Path(__file__).with_name("run_migrate.py")))
-#: First key of the advisory locks by which tests stop revisions where they want them.
+#: First key of the advisory locks of `barrier`.
 BARRIER_CLASS = 77
-#: What the first revision of every tree makes: the table that each revision puts a row in, and the one that the
-#: warm reads.
+#: Body of the first revision of every tree: the table `applied`, into which each revision inserts a row, and the table
+#: that the warm reads.
 FIRST = """
     op.execute("CREATE TABLE applied (revision text NOT NULL, pid int NOT NULL DEFAULT pg_backend_pid())")
     op.execute(
@@ -51,7 +54,7 @@ def upgrade():
 
 
 class Tree:
-    """A copy of one of tests/trees; `revision` adds one on top of the last."""
+    """A copy of a tree of tests/trees. `revision` adds a revision on top of the last one."""
 
     def __init__(self, folder: Path, kind: Literal["plain", "asynchronous"] = "plain") -> None:
         shutil.copytree(TREES / kind, folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -70,7 +73,10 @@ class Tree:
         labels: str | None = None,
         depends_on: str | None = None,
     ) -> Self:
-        """Write a revision whose upgrade is `body` (one line, or lines indented by four), then a row in `applied`."""
+        """Write a revision. It runs `body` (one line, or lines indented by four) and inserts a row into `applied`.
+
+        `down` defaults to the last revision. Returns the tree.
+        """
         down = self.last if down == "the last" else down
         body = body.strip() or "pass"
         text = REVISION.format(
@@ -82,7 +88,7 @@ class Tree:
         return self
 
     def copy(self, folder: Path) -> Tree:
-        """The same tree in another folder, to grow on its own."""
+        """Copy the tree to another folder. New revisions of one copy do not appear in the other."""
         shutil.copytree(self.folder, folder)
         other = object.__new__(Tree)
         other.folder, other.config, other.versions, other.last = (
@@ -95,12 +101,12 @@ class Tree:
 
 
 def barrier(number: int = 1) -> str:
-    """The line of a revision that waits until the test lets it pass."""
+    """Return the line of a revision that waits until `Barrier.release`."""
     return f'op.execute("SELECT pg_advisory_xact_lock_shared({BARRIER_CLASS}, {number})")'
 
 
 def concurrent_index(name: str, *, if_not_exists: bool = False, before: str = "") -> str:
-    """Lines of a revision that builds an index on `applied` concurrently."""
+    """Return the lines of a revision that builds an index on `applied` with CREATE INDEX CONCURRENTLY."""
     before = f"{before}\n        " if before else ""
     exists = "IF NOT EXISTS " if if_not_exists else ""
     return (
@@ -110,7 +116,7 @@ def concurrent_index(name: str, *, if_not_exists: bool = False, before: str = ""
 
 
 class Barrier:
-    """Stops revisions at the line `barrier(number)` until `release`."""
+    """Makes revisions wait at the line `barrier(number)` until `release`."""
 
     def __init__(self, database: Database, number: int = 1) -> None:
         self._database, self._number = database, number
@@ -126,7 +132,7 @@ class Barrier:
         self.release()
 
     def waiting(self) -> list[int]:
-        """Server processes that wait here now."""
+        """Return the PIDs of the backends that wait at the barrier."""
         rows = self._connection.execute(
             "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND classid = %s AND objid = %s"
             " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
@@ -135,18 +141,18 @@ class Barrier:
         return [int(row[0]) for row in rows]
 
     def reached(self, *, besides: Iterable[int] = (), timeout: float = DEFAULT_TIMEOUT) -> int:
-        """Wait until a revision is here (in another server process than those), and return its server process."""
+        """Wait until a backend other than `besides` waits at the barrier. Return its PID."""
         wait_until(lambda: bool(set(self.waiting()) - set(besides)), "a revision at the barrier", timeout)
         return (set(self.waiting()) - set(besides)).pop()
 
     def release(self) -> None:
-        """Let them pass, now and from now on."""
+        """Open the barrier for good."""
         self._connection.close()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step has ended in: its exit code, the object it printed, and what it logged."""
+    """The result of a step: exit code, printed JSON object, and log."""
 
     code: int
     facts: dict[str, Any]
@@ -158,24 +164,24 @@ class Outcome:
 
 
 def outcome(step: Command, timeout: float = DEFAULT_TIMEOUT) -> Outcome:
-    """Wait for the end of a step."""
+    """Wait until a step exits; return its result."""
     done = step.wait(timeout)
     assert done.stdout, done.stderr
     return Outcome(done.returncode, json.loads(done.stdout), done.stderr)
 
 
 def applied(database: Database) -> dict[str, int]:
-    """How often each revision has left its row."""
+    """Return how often each revision was applied (its rows in `applied`)."""
     return dict(Counter(row[0] for row in database.execute("SELECT revision FROM applied")))
 
 
 def recorded(database: Database) -> list[str]:
-    """What the version table holds."""
+    """Return the revisions in alembic_version."""
     return sorted(row[0] for row in database.execute("SELECT version_num FROM alembic_version"))
 
 
 def lock_sessions(database: Database) -> list[int]:
-    """Server processes that hold the migration lock."""
+    """Return the PIDs of the backends that hold the migration lock."""
     rows = database.execute(
         "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid::int8 = %s AND objid = 1"
         " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
@@ -185,12 +191,12 @@ def lock_sessions(database: Database) -> list[int]:
 
 
 def is_alive(database: Database, pid: int) -> bool:
-    """Whether this server process is still there."""
+    """Whether the backend with this PID exists."""
     return bool(database.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", (pid,)))
 
 
 def index_states(database: Database) -> dict[str, bool]:
-    """The indexes of `applied`, and whether each is valid."""
+    """Return the indexes of `applied`: name, and whether the index is valid."""
     rows = database.execute(
         "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE indrelid = 'applied'::regclass"
     )
@@ -198,15 +204,15 @@ def index_states(database: Database) -> dict[str, bool]:
 
 
 def migrate_environment(clean_env: Mapping[str, str], url: str, tree: Tree) -> dict[str, str]:
-    """The environment of a step."""
+    """Return the environment for a step."""
     return {**clean_env, "BIFROST_DATABASE_URL": url, "BIFROST_ALEMBIC_CONFIG": str(tree.config)}
 
 
 def wait_for_statement(database: Database, words: str, *, waits_for_lock: bool = True) -> int:
-    """Wait until a session runs a statement with these words (and waits for a lock in it); its server process."""
+    """Wait until a session runs a statement with these words and (by default) waits for a lock. Return its PID."""
     found: list[int] = []
 
-    def look() -> bool:
+    def find_sessions() -> bool:
         found[:] = [
             row[0]
             for row in database.execute(
@@ -217,7 +223,7 @@ def wait_for_statement(database: Database, words: str, *, waits_for_lock: bool =
         ]
         return bool(found)
 
-    wait_until(look, f"a session that runs {words}")
+    wait_until(find_sessions, f"a session that runs {words}")
     return found[0]
 
 
@@ -236,7 +242,8 @@ class StartPool(Protocol):
     def __call__(self, pool_size: int, **settings: str) -> PgbouncerServer: ...
 
 
-#: Below the pause between two statements that keep the lock's connection alive: only turning it off helps.
+#: idle_in_transaction_session_timeout of the database behind a pool. It is shorter than the interval of the lock's
+#: keepalive statements, so the lock survives only if it turns the timeout off.
 ROLE_TIMEOUT = "500ms"
 
 
@@ -250,7 +257,11 @@ def tree(tmp_path: Path) -> Tree:
 def start_migrate(
     start_command: StartCommand, clean_env: dict[str, str], database: Database, tree: Tree
 ) -> StartMigrate:
-    """Start the step `migrate` on this test's database and tree, with more variables or others."""
+    """Start the step `migrate` as a process: `start_migrate(deadline=60, env=None, NAME=value)`.
+
+    It uses `database` and `tree`; `env` and the keyword arguments add or replace variables. `outcome` waits until it
+    exits.
+    """
 
     def start(*, deadline: float = 60, env: Mapping[str, str] | None = None, **variables: str) -> Command:
         env = {**migrate_environment(clean_env, database.url, tree), **(env or {}), **variables}
@@ -261,14 +272,17 @@ def start_migrate(
 
 @pytest.fixture
 def start_pool(run_folder: RunFolder, postgres: Postgres, database: Database, start_server: StartServer) -> StartPool:
-    """Start a PgBouncer with pools of this size before a database that ends idle transactions soon."""
+    """Start a PgBouncer in front of `database`: `start_pool(pool_size, SETTING=value)`.
+
+    Idle transactions end after ROLE_TIMEOUT in the database, and after 2 s in PgBouncer.
+    """
     if not isinstance(postgres, PostgresServer):
-        pytest.skip("PgBouncer stands before a server of our own")
+        pytest.skip("PgBouncer needs a private PostgreSQL")
     database.execute(f"ALTER DATABASE \"{database.name}\" SET idle_in_transaction_session_timeout = '{ROLE_TIMEOUT}'")
 
     def start(pool_size: int, **settings: str) -> PgbouncerServer:
         timers = {"idle_transaction_timeout": "2", "query_wait_timeout": "60"}
-        # A client's next transaction gets the session that has been idle longest, hardly ever the one it just had.
+        # Round robin: the next transaction of a client rarely gets the server connection of its last one.
         settings = {**timers, "server_round_robin": "1", **settings}
         return start_server(PgbouncerServer(run_folder, postgres, pool_size=pool_size, settings=settings))
 
@@ -277,7 +291,7 @@ def start_pool(run_folder: RunFolder, postgres: Postgres, database: Database, st
 
 @pytest.fixture(scope="session")
 def other_server(run_folder: RunFolder) -> Iterator[PostgresServer]:
-    """A second PostgreSQL of the run."""
+    """A second PostgreSQL, shared by the tests of an xdist worker."""
     server = PostgresServer(run_folder)
     with contextlib.closing(server):
         yield server.start()

@@ -1,4 +1,7 @@
-"""The platform as a warm sees it: rows in PostgreSQL, a cache in Redis, its readers and its live writers."""
+"""The input and output of a warm: rows in PostgreSQL, the module cache in Redis, its readers and writers.
+
+Fixtures: `store`, `make_store`.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from bifrost_bootstrap.warm.step import WarmResult, warm
 from tests.servers import Database, Postgres
 
 ENTRY, INDEX, OWN = b"bifrost:module:", b"bifrost:module:index", b"bifrost:bootstrap:"
-#: Seconds for a whole warm: none of these tests should ever get there.
+#: Deadline of a warm (seconds). No test reaches it.
 WARM_DEADLINE = 60.0
-#: Seconds that an entry lives which the platform's API has written.
+#: TTL of the entries that the API of the platform writes (seconds).
 API_TTL = 24 * 3600
 
 UPSERT = """
@@ -35,7 +38,7 @@ UPSERT = """
     ON CONFLICT (path) DO UPDATE SET content = excluded.content, content_hash = excluded.content_hash,
         entity_type = 'module', is_deleted = false
 """
-# What an observer sees at one moment: each path of the index, and its entry or nothing.
+# Read every path of the index and its entry (or nothing), atomically.
 OBSERVE = """
 local seen = {}
 for _, path in ipairs(redis.call('SMEMBERS', KEYS[2])) do
@@ -47,18 +50,18 @@ return seen
 
 
 def sha256(content: str) -> str:
-    """What a row of this content says in `content_hash`."""
+    """Return the content_hash of a row with this content."""
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def entry(path: str, content: str) -> bytes:
-    """The entry as the platform's API writes it."""
+    """Return the entry as the API of the platform writes it."""
     return json.dumps({"content": content, "path": path, "hash": sha256(content)}).encode()
 
 
 @dataclass
 class ModuleStore:
-    """One database and one Redis. `report` hears of each part of a warm, unless a test gives another."""
+    """A migrated database and a Redis database."""
 
     database: Database
     client: redis.Redis
@@ -67,20 +70,20 @@ class ModuleStore:
     # ------------------------------------------------------------------------------------------------ the rows
 
     def put(self, modules: dict[str, str]) -> None:
-        """Insert or change these modules, in one transaction."""
+        """Insert or update these modules in one transaction."""
         with self.database.connect() as connection, connection.transaction(), connection.cursor() as cursor:
             cursor.executemany(UPSERT, [(path, content, sha256(content)) for path, content in modules.items()])
 
     def upsert(self, connection: psycopg.Connection, path: str, content: str) -> None:
-        """Insert or change a module in the caller's transaction."""
+        """Insert or update a module in the transaction of the caller."""
         connection.execute(UPSERT, (path, content, sha256(content)))
 
     def remove(self, *paths: str) -> None:
-        """Mark these modules as deleted."""
+        """Set is_deleted of these modules."""
         self.database.execute("UPDATE workspace_files SET is_deleted = true WHERE path = ANY(%s)", [list(paths)])
 
     def rows(self) -> dict[str, str]:
-        """The modules."""
+        """Return path and content of every module row."""
         return dict(
             self.database.execute(
                 "SELECT path, content FROM workspace_files"
@@ -91,12 +94,12 @@ class ModuleStore:
     # ----------------------------------------------------------------------------------------------- the cache
 
     def observed(self, client: redis.Redis | None = None) -> dict[bytes, bytes | None]:
-        """Index and entries at one moment."""
+        """Return the entry (None if missing) of every path of the index, read atomically."""
         seen: Any = (client or self.client).eval(OBSERVE, 2, ENTRY, INDEX)
         return dict(zip(seen[::2], seen[1::2], strict=True))
 
     def assert_exact(self) -> None:
-        """The cache equals the rows: every path, every entry, with its three fields in their order."""
+        """Assert that the cache equals the rows: every path, and every entry with its three fields in order."""
         observed = self.observed()
         rows = self.rows()
         assert set(observed) == {path.encode() for path in rows}
@@ -107,44 +110,44 @@ class ModuleStore:
             assert list(fields.items()) == [("content", content), ("path", path), ("hash", sha256(content))]
 
     def content(self, path: str) -> str | None:
-        """What a reader gets for this path, None where there is no entry."""
+        """Return the content in the entry of this path; None if there is no entry."""
         value: Any = self.client.get(ENTRY + path.encode())
         return None if value is None else json.loads(value)["content"]
 
     def module_keys(self) -> dict[bytes, bytes | None]:
-        """Every key of the cache with its value as Redis would dump it: two equal answers mean nothing was touched."""
+        """Return every key of the cache with its dumped value. Equal results mean that no key was changed."""
         return {key: self._dumped(key) for key in self.client.scan_iter(ENTRY + b"*")}
 
     def _dumped(self, key: bytes) -> bytes | None:
         if self.client.type(key) == b"set":
-            # The order of a dumped set is not its own.
+            # DUMP of a set depends on the order of insertion.
             return repr(sorted(self.client.smembers(key))).encode()
         return self.client.dump(key)
 
     def own_keys(self) -> list[bytes]:
-        """Every key of ours that is not the marker."""
+        """Return every key of bifrost_bootstrap except the marker."""
         return [key for key in self.client.scan_iter(OWN + b"*") if key != OWN + b"marker"]
 
     # --------------------------------------------------------------------------------------- who reads and writes
 
     def warm(self, report: Report | None = None, **options: bool) -> WarmResult:
-        """One warm in this process."""
+        """Run one warm in this process. `report` is called with its progress."""
         return warm(self.settings, Deadline(WARM_DEADLINE), report or (lambda _progress: None), **options)
 
     def api_set(self, path: str, content: str) -> None:
-        """The second half of the API's write: the entry, after the commit."""
+        """Write entry and index as the API does, without the row."""
         with self.client.pipeline() as pipeline:
             pipeline.set(ENTRY + path.encode(), entry(path, content), ex=API_TTL)
             pipeline.sadd(INDEX, path.encode())
             pipeline.execute()
 
     def api_write(self, path: str, content: str) -> None:
-        """The API writes a module: commit, then entry and index."""
+        """Write a module as the API does: commit the row, then write entry and index."""
         self.put({path: content})
         self.api_set(path, content)
 
     def api_delete(self, path: str) -> None:
-        """The API deletes a module: commit, then entry and index."""
+        """Delete a module as the API does: commit, then delete entry and path in the index."""
         self.remove(path)
         with self.client.pipeline() as pipeline:
             pipeline.delete(ENTRY + path.encode())
@@ -153,7 +156,7 @@ class ModuleStore:
 
 
 def at(note: str, action: Callable[[], object], *, number: int = 1) -> Report:
-    """A report that does something when the warm gets to this point for the `number`th time."""
+    """Return a report that calls `action` when the warm reports this note for the `number`th time."""
     seen = 0
 
     def report(progress: Progress) -> None:
@@ -176,7 +179,7 @@ MakeStore = Callable[..., ModuleStore]
 
 @pytest.fixture(scope="session")
 def migrated(postgres: Postgres) -> Iterator[Database]:
-    """A database at head that the tests' own are copied from."""
+    """A migrated database: the template of the databases of `make_store`."""
     database = postgres.create_database(prefix="template")
     migrate(database)
     yield database
@@ -184,14 +187,14 @@ def migrated(postgres: Postgres) -> Iterator[Database]:
 
 
 def migrate(database: Database) -> None:
-    """Bring a database to the head of the tree that we ship."""
+    """Upgrade a database to the head of the built-in tree."""
     environment = {**os.environ, "BIFROST_DATABASE_URL": database.url}
     subprocess.run([sys.executable, "-m", "alembic", "-c", TREE, "upgrade", "head"], check=True, env=environment)
 
 
 @pytest.fixture
 def make_store(postgres: Postgres, migrated: Database) -> Iterator[MakeStore]:
-    """Make a store: `make_store(redis_url)`, with settings by name; its database is copied unless one is given."""
+    """Make a store: `make_store(redis_url, database=None, setting=value)`. The default is a new, migrated database."""
     made: list[tuple[ModuleStore, bool]] = []
 
     def make(redis_url: str, database: Database | None = None, **settings: object) -> ModuleStore:
@@ -211,5 +214,5 @@ def make_store(postgres: Postgres, migrated: Database) -> Iterator[MakeStore]:
 
 @pytest.fixture
 def store(make_store: MakeStore, redis_url: str) -> ModuleStore:
-    """A migrated database and an empty cache, on the shared servers."""
+    """A store with a new, migrated database and an empty cache, on the shared servers."""
     return make_store(redis_url)

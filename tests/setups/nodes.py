@@ -1,4 +1,7 @@
-"""A deployment whose servers are several each, and what happens to one of them."""
+"""Init and worker on servers of several nodes, and the loss of a node.
+
+Fixtures: `rabbitmq_cluster` (shared), `cluster_deployment` (for each test).
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ from tests.servers.rabbitmq_cluster import RabbitmqCluster
 from tests.servers.run_checks import lacks_server
 from tests.setups.stack import Deployment, Lines, Stack
 
-#: How all sides declare a queue that lasts, and that of a tree.
+#: The arguments of our queues: that of `celery call`, and that of a tree.
 LASTING: dict[str, object] = {"x-queue-type": "quorum"}
 OF_A_TREE: dict[str, object] = {**LASTING, "x-expires": 3_600_000}
-#: Seconds that a Redis which was demoted still answers.
+#: How long a demoted Redis primary still answers before it is killed (seconds).
 DEMOTED = 3.0
 
 
 @dataclass
 class Nodes:
-    """Every server of one deployment. The lines lead to the first of each; `standby_line` to the standby."""
+    """The servers of one deployment. `lines` are proxies to the first node of each; `standby_line` to the standby."""
 
     rabbitmq: RabbitmqCluster
     postgres: PostgresServer
@@ -45,7 +48,7 @@ class Nodes:
 
 @contextlib.contextmanager
 def running_nodes(run: RunFolder, rabbitmq: RabbitmqCluster) -> Iterator[Nodes]:
-    """Start a pair of each but the broker, which is given and made whole again."""
+    """Start two PostgreSQL and two Redis, and restart the lost nodes of `rabbitmq`."""
     with contextlib.ExitStack() as started:
 
         def proxy(port: int) -> Proxy:
@@ -69,13 +72,13 @@ def running_nodes(run: RunFolder, rabbitmq: RabbitmqCluster) -> Iterator[Nodes]:
 
 @dataclass
 class ClusterDeployment(Deployment):
-    """What one test sees of these. hosts: PostgreSQL is named by two hosts, and not by one address that moves."""
+    """A deployment on several nodes. hosts: the PostgreSQL URL has two hosts; False: one address that moves."""
 
     nodes: Nodes = field(kw_only=True)
     hosts: bool = field(default=True, kw_only=True)
 
     def environment(self, lines: Lines) -> dict[str, str]:
-        """What every container is given."""
+        """Return the environment of every process."""
         first, *others = self.nodes.rabbitmq.nodes
         urls = [lines.rabbitmq.through(first.url(self.vhost)), *(node.url(self.vhost) for node in others)]
         database_url = lines.postgres.through(Database(self.nodes.postgres, self.database.name).url)
@@ -89,16 +92,16 @@ class ClusterDeployment(Deployment):
         }
 
     def declare_queues(self, node: RabbitmqServer) -> None:
-        """As a worker would that is connected to this node, which therefore leads them."""
+        """Declare our queues on this node, which becomes their leader."""
         with kombu.Connection(node.url(self.vhost)) as connection:
             for name, arguments in ((QUEUE, LASTING), (self.queue, OF_A_TREE)):
                 connection.default_channel.queue_declare(name, durable=True, auto_delete=False, arguments=arguments)
         wait_until(lambda: self.nodes.rabbitmq.leader(self.vhost, self.queue) is node, "the leader")
 
-    # ----------------------------------------------------------------------------------------------- what happens
+    # ----------------------------------------------------------------------------------------------- faults
 
     def lose_rabbitmq(self, fault: str) -> None:
-        """The first node, over which everybody is connected."""
+        """Lose the first node, to which all processes are connected."""
         lost = self.nodes.rabbitmq.nodes[0]
         if fault == "partition":
             self.nodes.rabbitmq.cut_off(lost)
@@ -107,7 +110,7 @@ class ClusterDeployment(Deployment):
         self.stack.rabbitmq = self.nodes.rabbitmq.living
 
     def lose_postgres(self, fault: str) -> None:
-        """The primary, and the standby takes over."""
+        """Lose the primary and promote the standby."""
         nodes, line = self.nodes, self.stack.init_lines.postgres
         wait_until(nodes.standby.caught_up, "the standby")
         {"kill": nodes.postgres.kill, "freeze": nodes.postgres.pause, "partition": line.cut}[fault]()
@@ -120,7 +123,7 @@ class ClusterDeployment(Deployment):
         self.database = Database(nodes.standby, self.database.name)
 
     def lose_redis(self, fault: str) -> None:
-        """The primary, and the replica takes over. What was written since `stop_replication` is lost."""
+        """Lose the primary and promote the replica. Writes after `stop_replication` are lost."""
         nodes, line = self.nodes, self.stack.init_lines.redis
         with nodes.replica.client() as client:
             client.replicaof("NO", "ONE")
@@ -136,7 +139,7 @@ class ClusterDeployment(Deployment):
         self.stack.redis = nodes.replica
 
     def stop_replication(self) -> None:
-        """The replica has what there is now, and gets nothing more."""
+        """Wait until the replica is up to date, then stop its replication."""
         with self.nodes.redis.client() as primary, self.nodes.replica.client() as replica:
             wait_until(lambda: replica.dbsize() == primary.dbsize(), "the replica")
         self.nodes.replication.refuse()
@@ -144,7 +147,7 @@ class ClusterDeployment(Deployment):
 
 @contextlib.contextmanager
 def deployed(nodes: Nodes, run: RunFolder, folder: Path, clean_env: dict[str, str]) -> Iterator[ClusterDeployment]:
-    """A new database and virtual host."""
+    """Yield a deployment with a new database and virtual host."""
     stack = Stack(run, nodes.postgres, nodes.redis, nodes.rabbitmq.living, nodes.lines, nodes.lines)
     vhost = stack.rabbitmq.add_vhost()
     commands = Commands(run)
@@ -153,7 +156,7 @@ def deployed(nodes: Nodes, run: RunFolder, folder: Path, clean_env: dict[str, st
         yield ClusterDeployment(stack, folder, clean_env, database, vhost, commands, nodes=nodes)
     finally:
         commands.close()
-        # One that was frozen for long is no member any more.
+        # A node that was frozen for long has left the cluster.
         lost = nodes.rabbitmq.nodes[0]
         if lost.running and lost is not nodes.rabbitmq.living:
             lost.kill()
@@ -166,7 +169,7 @@ def deployed(nodes: Nodes, run: RunFolder, folder: Path, clean_env: dict[str, st
 
 @pytest.fixture(scope="session")
 def rabbitmq_cluster(run_folder: RunFolder, outside: Outside) -> Iterator[RabbitmqCluster]:
-    """Three nodes of this test run's own."""
+    """A private broker of three nodes, shared by the tests of an xdist worker."""
     with contextlib.closing(RabbitmqCluster(run_folder)) as cluster:
         try:
             cluster.start()
@@ -179,7 +182,7 @@ def rabbitmq_cluster(run_folder: RunFolder, outside: Outside) -> Iterator[Rabbit
 def cluster_deployment(
     rabbitmq_cluster: RabbitmqCluster, run_folder: RunFolder, tmp_path: Path, clean_env: dict[str, str]
 ) -> Iterator[ClusterDeployment]:
-    """A deployment of this test's own."""
+    """A new deployment on `rabbitmq_cluster`, two PostgreSQL and two Redis servers."""
     with (
         running_nodes(run_folder, rabbitmq_cluster) as nodes,
         deployed(nodes, run_folder, tmp_path / "deployment", clean_env) as deployment,

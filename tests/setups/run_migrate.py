@@ -1,4 +1,4 @@
-"""The step `migrate` alone, as a process: `python run_migrate.py SECONDS`. Prints one JSON object."""
+"""Run the step `migrate` alone: `python run_migrate.py DEADLINE_SECONDS`. Prints one JSON object."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from bifrost_bootstrap.progress import Progress
 
 
 def report(progress: Progress) -> None:
-    """Say how far it is."""
+    """Log the progress."""
     print("progress:", progress.note, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,7 @@
-"""One deployment for the fault tests: three servers, a line to each for init and one for the worker, init, worker."""
+"""Init and worker on private servers, with a proxy between each process and each server.
+
+Fixtures: `stack` (the servers; started once), `deployment` (database, virtual host, init and worker of a test).
+"""
 
 from __future__ import annotations
 
@@ -38,22 +41,22 @@ FOLDER = Path(__file__).parent
 TREE = FOLDER.parent / "trees" / "barriers" / "alembic.ini"
 REVISIONS = ["0001", "0002"]
 PREFIX = "bifrost:module:"
-#: The index, all keys of the cache, and their values (the index has none). In one step: where only init was hit, the
-#: worker goes on, and its switch may come between two reads.
+#: Read the index, all keys of the cache, and their values (nil for the index). Atomic, because the worker may switch
+#: the cache between two reads.
 READ_CACHE = """
 local keys = redis.call('KEYS', ARGV[1] .. '*')
 return {redis.call('SMEMBERS', ARGV[1] .. 'index'), keys, #keys > 0 and redis.call('MGET', unpack(keys)) or {}}
 """
-#: What the cache holds before, written as the platform's API does.
+#: The cache before init, written as the API of the platform does.
 PREVIOUS = {"kept": "one", "gone": "one"}
-#: What the rows are when the tree is at its head.
+#: The rows when the tree is at head.
 COMPLETE = {"kept": "two", **{f"new/{number}": "two" for number in range(1, 51)}}
-#: Seconds for a phase to be reached: a worker starts in 2 s on an idle machine.
+#: How long init may take to reach a phase (seconds). A worker starts in 2 s on an idle machine.
 PHASE_TIMEOUT = 60.0
-#: Seconds after which nothing of ours may be left in broker and database.
+#: How long messages may stay in the queues after init (seconds).
 CLEAN_TIMEOUT = 60.0
 SERVERS = ("postgres", "redis", "rabbitmq")
-#: `bifrost-bootstrap init` with a shorter patience for refusals in the middle than the 30 s that it has.
+#: `bifrost-bootstrap init` with a rejection timeout of 2 s instead of 30 s.
 LESS_PATIENT = """
 import sys
 from bifrost_bootstrap.cli import commands as cli
@@ -65,7 +68,7 @@ sys.exit(cli.run(["init", "--timeout", "3m"]))
 
 @dataclass
 class Lines:
-    """The proxies between one side and the three servers."""
+    """The proxies between a process (init or worker) and the three servers."""
 
     postgres: Proxy
     redis: Proxy
@@ -77,7 +80,7 @@ class Lines:
 
 @dataclass
 class Stack:
-    """Started once and used by many deployments, one after the other."""
+    """The servers and proxies, started once for many deployments. Only one deployment uses them at a time."""
 
     run: RunFolder
     postgres: PostgresServer
@@ -92,7 +95,7 @@ class Stack:
 
     @contextlib.contextmanager
     def deployment(self, folder: Path, clean_env: dict[str, str]) -> Iterator[Deployment]:
-        """A new database, virtual host and empty Redis, whatever state the last one left the servers in."""
+        """Start stopped servers, heal the proxies, and yield a deployment with a new database and virtual host."""
         for name in SERVERS:
             server = self.server(name)
             if not server.running:
@@ -119,7 +122,7 @@ class Stack:
 
 @contextlib.contextmanager
 def running_stack(run: RunFolder) -> Iterator[Stack]:
-    """Start the servers and the lines."""
+    """Start the servers and the proxies."""
     with contextlib.ExitStack() as started:
 
         def proxy(server: Server) -> Proxy:
@@ -134,7 +137,7 @@ def running_stack(run: RunFolder) -> Iterator[Stack]:
 
 @dataclass
 class Deployment:
-    """What one test sees of a stack."""
+    """The database, virtual host and processes of one test on a stack."""
 
     stack: Stack
     folder: Path
@@ -149,7 +152,7 @@ class Deployment:
         self.folder.mkdir(exist_ok=True)
 
     def environment(self, lines: Lines) -> dict[str, str]:
-        """What a container is given that reaches the servers through these lines."""
+        """Return the environment of a process that connects through these proxies."""
         return self.clean_env | {
             "BIFROST_DATABASE_URL": lines.postgres.through(self.database.url),
             "BIFROST_REDIS_URL": lines.redis.through(self.stack.redis.url()),
@@ -162,14 +165,14 @@ class Deployment:
 
     @property
     def queue(self) -> str:
-        """The queue of init's chains."""
+        """The queue to which init publishes its chains."""
         url = parse_postgres(self.environment(self.stack.init_lines)["BIFROST_DATABASE_URL"])
         return f"{QUEUE}.{digest('quorum', REVISIONS[-1], url.target)}"
 
     # ------------------------------------------------------------------------------------------------ processes
 
     def start_init(self, *options: str, timeout: str = "3m", own: bool = False) -> Command:
-        """Start an init; `own` gives it the worker's lines and a worker of its own."""
+        """Start an init. `own`: with `--with-worker`."""
         words = ["init", "--timeout", timeout, *options, *(["--with-worker"] if own else [])]
         environment = self.environment(self.stack.init_lines)
         return self.commands.start(
@@ -177,7 +180,7 @@ class Deployment:
         )
 
     def start_worker(self, *, queue: str | None = None) -> Command:
-        """Start a worker that stops at the barriers; `queue`: "" for the one that it chooses by itself."""
+        """Start a worker with barriers. `queue` defaults to that of init; "" for the queue that the worker derives."""
         queue = self.queue if queue is None else queue
         environment = self.environment(self.stack.worker_lines) | {"TEST_QUEUE": queue}
         program = [sys.executable, str(FOLDER / "barrier_worker.py")]
@@ -186,7 +189,7 @@ class Deployment:
         return self.worker
 
     def task_process(self) -> psutil.Process:
-        """The pool process in which the worker runs its tasks."""
+        """Return the pool process in which the worker runs its tasks."""
         assert self.worker
         children = psutil.Process(self.worker.pid).children()
         pool = [child for child in children if "barrier_worker" in " ".join(child.cmdline())]
@@ -196,16 +199,16 @@ class Deployment:
     # ------------------------------------------------------------------------------------------------- barriers
 
     def hold(self, name: str) -> None:
-        """Let whoever comes to this barrier wait."""
+        """Make every process wait at this barrier."""
         (self.folder / f"{name}.hold").touch()
 
     def release(self, name: str = "*") -> None:
-        """Let everybody go on, or those at this barrier."""
+        """Open this barrier, or all of them."""
         for hold in self.folder.glob(f"{name}.hold"):
             hold.unlink(missing_ok=True)
 
     def wait_reached(self, name: str, *, besides: Collection[Path] = ()) -> list[Path]:
-        """Wait until a process stands at the barrier that was not there before (`besides`); all that were there."""
+        """Wait until another process than `besides` has reached the barrier. Return a file for each process."""
 
         def reached() -> list[Path]:
             return list(self.folder.glob(f"{name}.reached.*"))
@@ -213,17 +216,17 @@ class Deployment:
         wait_until(lambda: len(reached()) > len(besides), f"barrier {name}", PHASE_TIMEOUT)
         return reached()
 
-    # ---------------------------------------------------------------------------------------------------- truth
+    # ---------------------------------------------------------------------------------------------------- state
 
     def fill_cache(self) -> None:
-        """The previous cache."""
+        """Write the cache PREVIOUS."""
         with self.stack.redis.client() as client:
             for path, content in PREVIOUS.items():
                 client.set(PREFIX + path, json.dumps({"content": content, "path": path, "hash": "0" * 64}))
                 client.sadd(f"{PREFIX}index", path)
 
     def cache(self) -> dict[str, str]:
-        """What a reader of the cache sees: path and content; the index and the entries have to agree."""
+        """Return path and content of every entry. AssertionError if index and entries differ."""
         with self.stack.redis.client() as client:
             index, keys, values = client.eval(READ_CACHE, 0, PREFIX)
         entries = {key: value for key, value in zip(keys, values, strict=True) if key != f"{PREFIX}index".encode()}
@@ -231,15 +234,15 @@ class Deployment:
         return {key.decode().removeprefix(PREFIX): json.loads(entry)["content"] for key, entry in entries.items()}
 
     def rows(self) -> dict[str, str]:
-        """The modules of the database."""
+        """Return path and content of every row."""
         return dict(self.database.execute("SELECT path, content FROM workspace_files"))
 
     def applied(self) -> list[str]:
-        """Each revision as often as it was applied."""
+        """Return each revision as often as it was applied."""
         return sorted(row[0] for row in self.database.execute("SELECT revision FROM applied"))
 
     def messages(self) -> int:
-        """Messages in all queues of ours, delivered ones included; not the events for Flower."""
+        """Return the number of messages in our queues, including unacknowledged ones, without events for Flower."""
         answer = self.stack.rabbitmq.evaluate(
             "lists:sum([Count || [{name, {resource, _, queue, Name}}, {messages, Count}] <- "
             f'rabbit_amqqueue:info_all(<<"{self.vhost}">>, [name, messages]), '
@@ -248,19 +251,19 @@ class Deployment:
         return int(answer)
 
     def heads(self) -> list[str]:
-        """The revisions that the database records."""
+        """Return the revisions in alembic_version; [] if the table does not exist."""
         if self.database.execute("SELECT to_regclass('alembic_version')")[0][0] is None:
             return []
         return [row[0] for row in self.database.execute("SELECT version_num FROM alembic_version")]
 
     def sessions(self) -> list[tuple[Any, ...]]:
-        """Connections to this database."""
+        """Return the connections to the database."""
         query: LiteralString = "SELECT pid, application_name, state, query FROM pg_stat_activity WHERE datname = %s"
         with self.stack.postgres.admin() as admin:
             return admin.execute(query, (self.database.name,)).fetchall()
 
     def runners(self) -> list[tuple[Any, ...]]:
-        """Sessions that hold the migration lock, or are in the middle of revision 0002."""
+        """Return the sessions that hold the migration lock or run revision 0002."""
         query: LiteralString = (
             "SELECT pid, application_name, query FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
             " AND (application_name LIKE '%%migration-lock%%' OR query LIKE '%%pg_sleep%%')"
@@ -271,13 +274,13 @@ class Deployment:
     # ----------------------------------------------------------------------------------------------------- broker
 
     def call(self, task: str) -> None:
-        """A call by hand, as an operator's."""
+        """Run `celery call`, as an operator does."""
         words = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "call", task]
         called = self.commands.start(words, env=self.environment(self.stack.init_lines), cwd=self.folder).wait()
         assert called.returncode == 0, called.stderr
 
     def publish(self, body: bytes, *, task: str, content_type: str = "application/json") -> None:
-        """Put a message into the queue of the calls by hand."""
+        """Publish a message to the queue of `celery call`."""
         with kombu.Connection(self.stack.rabbitmq.url(self.vhost)) as connection:
             connection.default_channel.basic_publish(
                 connection.default_channel.prepare_message(
@@ -291,7 +294,7 @@ class Deployment:
             )
 
     def assert_clean(self) -> None:
-        """Nothing of ours is left in the broker."""
+        """Assert that no message is left in our queues."""
         wait_until(lambda: self.messages() == 0, "the queues are empty", CLEAN_TIMEOUT)
 
 
@@ -300,7 +303,7 @@ class Deployment:
 
 @pytest.fixture(scope="session")
 def stack(run_folder: RunFolder, outside: Outside) -> Iterator[Stack]:
-    """Servers that the faults hit: this test run's own, whatever it was given."""
+    """Private servers and proxies for faults, shared by the tests of an xdist worker. Never those of a URL."""
     try:
         with running_stack(run_folder) as stack:
             yield stack
@@ -310,6 +313,6 @@ def stack(run_folder: RunFolder, outside: Outside) -> Iterator[Stack]:
 
 @pytest.fixture
 def deployment(stack: Stack, tmp_path: Path, clean_env: dict[str, str]) -> Iterator[Deployment]:
-    """A deployment of this test's own, on the stack."""
+    """A new deployment on `stack`. At the end its processes are killed."""
     with stack.deployment(tmp_path / "deployment", clean_env) as deployment:
         yield deployment

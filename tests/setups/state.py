@@ -1,4 +1,4 @@
-"""The state that a command leaves behind, read by its contract and not by the package."""
+"""Write rows, and read schema and cache, without the code of the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import redis
 
 from tests.servers import Database
 
-#: Modules of all kinds: empty, odd names, odd contents, a package that can be imported.
+#: An empty module, special characters in names and contents, and a package that can be imported.
 MODULES = {
     "acceptance_demo/__init__.py": "",
     "acceptance_demo/answer.py": "ANSWER = 42\n",
@@ -20,7 +20,7 @@ MODULES = {
 
 
 def insert_modules(database: Database, modules: Mapping[str, str], *, hashes: bool = True) -> None:
-    """Write rows as the platform does; without `hashes` as an older release did."""
+    """Insert or update rows as the platform does. `hashes=False`: without content_hash, as its older releases did."""
     for path, content in modules.items():
         database.execute(
             "INSERT INTO workspace_files (path, content, content_hash, entity_type) VALUES (%s, %s, %s, 'module')"
@@ -30,14 +30,14 @@ def insert_modules(database: Database, modules: Mapping[str, str], *, hashes: bo
 
 
 def heads(database: Database) -> list[str]:
-    """The revisions that the database records; none where it has no version table."""
+    """Return the revisions in alembic_version; [] if the table does not exist."""
     if not database.execute("SELECT 1 FROM pg_class WHERE relname = 'alembic_version'"):
         return []
     return [row[0] for row in database.execute("SELECT version_num FROM alembic_version ORDER BY 1")]
 
 
 def cached(redis_url: str) -> dict[str, str]:
-    """Path and content of everything in the module cache; index and entries have to agree."""
+    """Return path and content of every entry. AssertionError if index and entries differ, or if an entry has a TTL."""
     with redis.Redis.from_url(redis_url) as client:
         index = {path.decode() for path in client.smembers("bifrost:module:index")}
         keys = {key.decode() for key in client.scan_iter("bifrost:module:*", count=1000)} - {"bifrost:module:index"}
@@ -53,7 +53,7 @@ def cached(redis_url: str) -> dict[str, str]:
 
 
 def rows(database: Database) -> dict[str, str]:
-    """Path and content of every module of the table."""
+    """Return path and content of every module row."""
     return dict(
         database.execute(
             "SELECT path, content FROM workspace_files"
@@ -63,5 +63,5 @@ def rows(database: Database) -> dict[str, str]:
 
 
 def sha256(content: str) -> str:
-    """The hash of the contract."""
+    """Return the content_hash of a module."""
     return hashlib.sha256(content.encode()).hexdigest()
