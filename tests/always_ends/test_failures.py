@@ -160,7 +160,7 @@ def test_server_that_is_down(
     assert (done.returncode, done.stdout) == (69, "")
     expected = words.replace("{port}", str(port))
     lines = done.stderr.splitlines()
-    assert any(re.search(f"INFO +waiting for (it: )?{expected}", line) for line in lines), done.stderr
+    assert any(re.search(f"INFO +waiting for a server: {expected}", line) for line in lines), done.stderr
     assert re.search(f"ERROR +init: {expected}", done.stderr)
     assert lines[-1].endswith("(exit 69)")
 
