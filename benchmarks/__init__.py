@@ -1,1 +1,1 @@
-"""Measures the init container against what such scripts usually do (naive), and against what is possible (limit)."""
+"""Compares the init container with the usual script (naive) and with the speed of the servers (limit)."""

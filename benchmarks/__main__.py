@@ -1,7 +1,7 @@
 """
-`python -m benchmarks [--modules 10000 100000] [--runs 5]`: every number that is asked for beside what was reached.
+`python -m benchmarks [--modules 10000 100000] [--runs 5]`: every required number beside the measured one.
 
-Private servers, real modules, all sides measured in turn in each run; medians. Writes benchmarks/results.md.
+Private servers and real modules. Each run measures all sides in turn. Writes the medians into benchmarks/results.md.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SCRIPTS = Path(sys.executable).parent
 RESULTS = Path(__file__).with_name("results.md")
 #: Databases of the private Redis.
 CACHE, THROW_AWAY = 1, 2
-#: Microseconds above which Redis notes a command, and how many it keeps: a switch of a thousand entries takes longer,
-#: and so does each of the hundred readings that follow one of 100,000.
+#: Redis records commands above this many microseconds, and keeps this many. A switch of a thousand entries takes longer,
+#: and so does each of the hundred reads after a switch of 100,000.
 SLOWLOG = {"slowlog-log-slower-than": "3000", "slowlog-max-len": "1000"}
-#: Modules of the rows with `init`, and how many of them start at once.
+#: Number of modules in the rows with `init`, and number of inits that start at once.
 FEW, AT_ONCE = 10, 20
 
 
@@ -59,7 +59,7 @@ class Table:
         self.rows.append(f"| {what} | {ours} | {reached} | {asked} | {'yes' if good else '**no**'} |")
 
     def at_most(self, what: str, ours: float, theirs: float, most: float, aim: float | None = None) -> None:
-        """A time of ours as a part of another."""
+        """Add a row with the ratio of our time to another."""
         asked = f"≤ {most:g}" + (f" (aim {aim:g})" if aim else "")
         self.row(what, f"{ours:.3f} s / {theirs:.3f} s", f"{ours / theirs:.2f}", asked, ours <= most * theirs)
 
@@ -81,7 +81,7 @@ class Bench:
 
     def environment(self, database: Database) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("BIFROST_", "CELERY_"))}
-        # Bytecode is written on neither side or, as here, on both.
+        # Both sides write bytecode.
         kept.pop("PYTHONDONTWRITEBYTECODE", None)
         return kept | {
             "BIFROST_DATABASE_URL": database.url,
@@ -109,7 +109,7 @@ class Bench:
 
     @staticmethod
     def command(args: list[str], environment: Mapping[str, str]) -> tuple[float, str]:
-        """Run to success; seconds and stdout."""
+        """Run a command and return its seconds and stdout. Raises RuntimeError if it fails."""
         started = time.perf_counter()
         done = subprocess.run(args, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - started
@@ -118,7 +118,7 @@ class Bench:
         return seconds, done.stdout
 
     def at_once(self, args: list[str], environment: Mapping[str, str]) -> float:
-        """Start it many times at once; seconds until all have succeeded."""
+        """Start a command `AT_ONCE` times at once; return the seconds until all have succeeded."""
         started = time.perf_counter()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for done in [pool.submit(self.command, args, environment) for _ in range(AT_ONCE)]:
@@ -126,7 +126,7 @@ class Bench:
         return time.perf_counter() - started
 
     def program(self, module: str, *args: str, database: Database) -> dict[str, float]:
-        """What one of our programs prints."""
+        """Run a module of this folder and return the JSON object that it prints."""
         _, out = self.command([sys.executable, "-m", f"benchmarks.{module}", *args], self.environment(database))
         return dict(json.loads(out.splitlines()[-1]))
 
@@ -143,7 +143,7 @@ class Bench:
 
 
 def warm_rows(bench: Bench, table: Table, count: int, runs: int) -> None:
-    """Full warm, and re-warm with nothing and with one in a hundred changed."""
+    """Measure a full warm, and re-warms with nothing and with 1 % changed."""
     database = bench.filled(count)
     commands = bench.run.root / "commands"
     commands.touch()
@@ -199,7 +199,7 @@ def memory_row(bench: Bench, table: Table, runs: int) -> None:
 
 
 def init_rows(bench: Bench, table: Table, counts: list[int], runs: int) -> None:
-    """`init` as a user types it, with a standing worker and nothing to do."""
+    """Measure `init` as a user types it, with a standing worker and nothing to do."""
     init = [str(SCRIPTS / "bifrost-bootstrap"), "init"]
     for modules in (FEW, *counts):
         database = bench.filled(modules)
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--modules", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
-    # As an image has it: nobody compiles while being measured.
+    # Compiled before, as in an image, so that no measured process compiles.
     compileall.compile_dir(str(PACKAGE), quiet=2)
     table = Table()
     run = RunFolder.create()

@@ -1,4 +1,4 @@
-"""The modules that are measured with: the .py files of the Python installation, repeated to the count."""
+"""The modules of the benchmarks: the .py files of the Python installation, repeated to reach the count."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from psycopg import Connection
 
 from tests.servers import Database
 
-#: Files above this size (bytes) are left out, which makes the average about 14 kB.
+#: Larger files (bytes) are skipped, so that the average is about 14 kB.
 LARGEST = 105_000
 
 
 def real_modules() -> list[tuple[str, str]]:
-    """Path and text of every file of the standard library that is not too large, in the order of their paths."""
+    """Return path and text of every file of the standard library up to `LARGEST`, ordered by path."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for file in sorted(root.rglob("*.py")):
@@ -31,14 +31,14 @@ def real_modules() -> list[tuple[str, str]]:
 
 
 def fill(database: Database, count: int) -> None:
-    """Put `count` modules into the (migrated) database: the real ones first, then copies under other names."""
+    """Insert `count` modules into the migrated database: the real ones first, then copies under other names."""
     modules = real_modules()
-    # Spread over the whole list, so that a small count has the same average as a large one.
+    # Take them from the whole list, so that a small count has the same average size as a large one.
     first = modules if count >= len(modules) else modules[:: len(modules) // count][:count]
     with database.connect() as connection:
         _insert(connection, first)
         left = count - len(first)
-        # Copied by the server: rows that are stored compressed stay so, which takes a tenth of the time.
+        # The server copies them, because compressed rows stay compressed: a tenth of the time.
         connection.execute(
             """INSERT INTO workspace_files (path, content, content_hash, entity_type)
                SELECT 'copy' || n || '/' || path, content, content_hash, entity_type
@@ -56,7 +56,7 @@ def _insert(connection: Connection[tuple[object, ...]], modules: list[tuple[str,
 
 
 def change_one_percent(database: Database) -> None:
-    """Change one module in a hundred, chosen anew each time."""
+    """Change 1 % of the modules, chosen at random."""
     database.execute(
         """WITH changed AS (
                SELECT id, content || E'\\n# ' || random() AS content FROM workspace_files

@@ -1,4 +1,4 @@
-"""What the servers themselves need: reading all modules, and taking ready-made commands."""
+"""The time that the servers need: to read all modules, and to execute ready-made commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODULES = "FROM workspace_files WHERE entity_type = 'module' AND NOT is_deleted
 
 
 def read_and_throw_away(database: Database) -> float:
-    """Seconds to read path, content and hash of every module in PostgreSQL's binary form."""
+    """Return the seconds to read path, content and hash of every module in PostgreSQL's binary format."""
     with psycopg.connect(database.url) as connection, connection.cursor() as cursor:
         started = time.perf_counter()
         query = f"COPY (SELECT path, content, content_hash {_MODULES}) TO STDOUT (FORMAT binary)"
@@ -26,7 +26,7 @@ def read_and_throw_away(database: Database) -> float:
 
 
 def write_commands(database: Database, file: Path) -> None:
-    """Write the commands that fill an empty cache, ready to be sent."""
+    """Write the commands that fill an empty cache into `file`."""
     with file.open("wb") as out, psycopg.connect(database.url) as connection, connection.cursor("modules") as cursor:
         cursor.execute(f"SELECT path, content, content_hash {_MODULES}")
         for path, content, content_hash in cursor:
@@ -36,7 +36,7 @@ def write_commands(database: Database, file: Path) -> None:
 
 
 def send_commands(redis: RedisServer, number: int, file: Path) -> float:
-    """Seconds that `redis-cli --pipe` needs for them."""
+    """Return the seconds that `redis-cli --pipe` needs for the commands."""
     with redis.client(number) as client:
         client.flushdb()
         password = client.connection_pool.connection_kwargs["password"]

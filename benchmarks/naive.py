@@ -1,8 +1,8 @@
 """
-What init scripts of this kind do; run as a program, prints its seconds as JSON.
+The usual init script, as a program. It prints its seconds as JSON.
 
 `alembic upgrade head` as a subprocess, then all rows through the asynchronous ORM, then SETEX and SADD for each
-module, one await after the other. Arguments: `all`, or `warm` for the second half alone.
+module, one await after the other. Arguments: `all`, or `warm` for the second part only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqlalchemy import String, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-#: Seconds that an entry lives, as the platform's own writers have it.
+#: Time to live of an entry in seconds: that of the platform's own writers.
 ENTRY_TTL = 24 * 3600
 
 

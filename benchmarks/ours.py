@@ -1,6 +1,6 @@
-"""One warm of ours in a process of its own; run as a program, prints its result and peak memory as JSON.
+"""One warm of ours, as a program. It prints its result and peak memory as JSON.
 
-Arguments: `full` rewrites all; `profile` also prints where the time goes.
+Arguments: `full` rewrites all entries; `profile` also prints a profile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `tools/audit` makes of a report; asking is left to `make check`."""
+"""How `tools/audit` summarizes a report. `make check` does the lookup."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-judged = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "audit"))["judged"]
+summarize = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "audit"))["summarize"]
 UNKNOWN = {"name": "celery", "skip_reason": "Dependency not found on PyPI and could not be audited: celery (5.7.0)"}
 FINE: dict[str, Any] = {"name": "click", "version": "8.3.0", "vulns": []}
 BAD = {"name": "redis", "version": "4.5.0", "vulns": [{"id": "CVE-2023-28858", "fix_versions": ["4.5.3"]}]}
@@ -17,12 +17,12 @@ BAD = {"name": "redis", "version": "4.5.0", "vulns": [{"id": "CVE-2023-28858", "
 @pytest.mark.parametrize(
     ("packages", "lines", "code"),
     [
-        ([FINE], ["audit: 1 packages asked about, 0 known vulnerabilities"], 0),
+        ([FINE], ["audit: 1 packages looked up, 0 known vulnerabilities"], 0),
         (
             [BAD, BAD, FINE],
             [
-                "audit: redis 4.5.0: CVE-2023-28858 (mended in 4.5.3)",
-                "audit: 2 packages asked about, 1 known vulnerabilities",
+                "audit: redis 4.5.0: CVE-2023-28858 (fixed in 4.5.3)",
+                "audit: 2 packages looked up, 1 known vulnerabilities",
             ],
             1,
         ),
@@ -30,8 +30,8 @@ BAD = {"name": "redis", "version": "4.5.0", "vulns": [{"id": "CVE-2023-28858", "
         (
             [UNKNOWN, FINE],
             [
-                "audit: 1 packages asked about, 0 known vulnerabilities",
-                "audit: not asked about, unknown to the service: celery",
+                "audit: 1 packages looked up, 0 known vulnerabilities",
+                "audit: not looked up, unknown to the service: celery",
             ],
             0,
         ),
@@ -40,4 +40,4 @@ BAD = {"name": "redis", "version": "4.5.0", "vulns": [{"id": "CVE-2023-28858", "
 )
 def test_what_a_report_says(packages: list[dict[str, Any]], lines: list[str], code: int) -> None:
     """A vulnerability is a fault; a service that knows nothing is said, and never counted as nothing found."""
-    assert judged({"dependencies": packages, "fixes": []}) == (lines, code)
+    assert summarize({"dependencies": packages, "fixes": []}) == (lines, code)
