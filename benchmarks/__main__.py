@@ -34,7 +34,7 @@ SCRIPTS = Path(sys.executable).parent
 RESULTS = Path(__file__).with_name("results.md")
 #: Databases of the private Redis.
 CACHE, THROW_AWAY = 1, 2
-#: Redis records commands above this many microseconds, and keeps this many. A switch of a thousand entries takes longer,
+#: Redis records commands above this many microseconds, and keeps this many. A switch of 1,000 entries takes longer,
 #: and so does each of the hundred reads after a switch of 100,000.
 SLOWLOG = {"slowlog-log-slower-than": "3000", "slowlog-max-len": "1000"}
 #: Number of modules in the rows with `init`, and number of inits that start at once.
