@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from bifrost_bootstrap import __version__, logs, settings as environment
 from bifrost_bootstrap.cli import summary
-from bifrost_bootstrap.cli.execution import Outcome, run_command, run_command_line
+from bifrost_bootstrap.cli.execution import run_command, run_command_line, signal_note
+from bifrost_bootstrap.cli.report import Outcome
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ExitCode, OwnProcessError, UsageError
+from bifrost_bootstrap.progress import Report
 from bifrost_bootstrap.settings import Need, Settings, duration
-
-if TYPE_CHECKING:
-    from bifrost_bootstrap.init.loop import Request
 
 logger = logging.getLogger("bifrost_bootstrap")
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code. Nothing else leaves: usage is 64, a bug is 70."""
-    telling = environment.load_output_settings()
-    logs.configure(telling.log_format, telling.log_level)
+    """Run one command and return its exit code. Raises nothing: wrong usage is 64, a bug is 70."""
+    output = environment.load_output_settings()
+    logs.configure(output.log_format, output.log_level)
     return run_command_line(main, arguments)
 
 
@@ -46,7 +46,7 @@ class DurationType(click.ParamType[float]):
             self.fail(f"{value!r} {error}", param, ctx)
 
 
-#: Codes that any command may end in.
+#: Exit codes that any command may end in.
 _ALWAYS = (64, 70, 78, 130, 143)
 
 
@@ -56,21 +56,35 @@ def main() -> None:
     """Bring a Bifrost deployment into a state in which it may start: schema at head, module cache complete."""
 
 
-def _command(*codes: int, ok: str = ExitCode.OK.meaning) -> Callable[[Callable[..., int]], click.Command]:
-    """A command of the group; `--help` has its examples and exit codes behind the options. ok: what 0 means here."""
+def _command(
+    *codes: int, ok: str = ExitCode.OK.meaning, has_json: bool = True
+) -> Callable[[Callable[..., Outcome]], click.Command]:
+    """
+    Make a command of a function that takes the options and returns its Outcome.
 
-    def add(function: Callable[..., int]) -> click.Command:
-        text, _, examples = inspect.getdoc(function).partition("\n\nExamples:\n")  # type: ignore[union-attr]
+    `--help` shows the examples of its docstring and its exit codes below the options. codes: exit codes beside those of
+    any command. ok: the meaning of 0. has_json: it has the option `--json`.
+    """
+
+    def add(function: Callable[..., Outcome]) -> click.Command:
+        @functools.wraps(function)
+        def command(as_json: bool = False, **options: Any) -> int:
+            return run_command(function.__name__, as_json, functools.partial(function, **options))
+
+        text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
         meanings = {0: ok} | {code: ExitCode(code).meaning for code in sorted((*codes, *_ALWAYS))}
         table = [f"  {code:<4} {meaning}" for code, meaning in meanings.items()]
-        # click fills paragraphs anew, but for those that begin with this character.
+        # click wraps the lines of a paragraph, unless it begins with this character.
         epilog = "\n".join(["\b", "Examples:", examples, "", "\b", "Exit codes:", *table])
-        return main.command(help=text, epilog=epilog)(function)
+        added = main.command(help=text, epilog=epilog)(command)
+        if has_json:
+            words = "Print exactly one JSON object on stdout."
+            added.params.append(click.Option(["--json", "as_json"], is_flag=True, help=words))
+        return added
 
     return add
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 _timeout_option = click.option(
     "--timeout",
     type=DurationType(),
@@ -86,8 +100,7 @@ _allow_shrink_option = click.option(
 @click.option("--with-worker", is_flag=True, help="Bring a bootstrap worker along for as long as init runs.")
 @click.option("--embedded", is_flag=True, help="Run on private throw-away servers; every URL is ignored.")
 @_allow_shrink_option
-@_json_option
-def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink: bool, as_json: bool) -> int:
+def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink: bool) -> Outcome:
     """Migrate, warm the module cache, and exit 0 only when both are true.
 
     Examples:
@@ -96,25 +109,21 @@ def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink:
       # in front of a rolling Deployment: it brings its own worker
       bifrost-bootstrap init --with-worker --json
     """
-
-    def work(stack: ExitStack) -> Outcome:
-        if embedded:
-            _start_embedded(stack)
-        from bifrost_bootstrap.init.loop import Request
-
-        return _init(stack, timeout, Request(allow_shrink=allow_shrink), with_worker=with_worker or embedded)
-
-    # A worker of our own ends with us.
-    begun = "is cancelled with its worker" if with_worker or embedded else "goes on"
-    return run_command("init", as_json, work, on_signal=f"work that a bootstrap worker has begun {begun}")
+    own_worker = with_worker or embedded
+    # Our own worker ends with us.
+    then = "is cancelled with its worker" if own_worker else "goes on"
+    with (
+        signal_note(f"work that a bootstrap worker has begun {then}"),
+        _embedded_servers() if embedded else nullcontext(),
+    ):
+        return _init(timeout, with_worker=own_worker, allow_shrink=allow_shrink)
 
 
 @_command(1, 2, 69, 75, 124)
 @_timeout_option
 @click.option("--full", is_flag=True, help="Trust no hash: rewrite every entry.")
 @_allow_shrink_option
-@_json_option
-def rewarm(timeout: float | None, full: bool, allow_shrink: bool, as_json: bool) -> int:
+def rewarm(timeout: float | None, full: bool, allow_shrink: bool) -> Outcome:
     """Warm the module cache again, through a bootstrap worker, and wait for it like init.
 
     Examples:
@@ -123,19 +132,13 @@ def rewarm(timeout: float | None, full: bool, allow_shrink: bool, as_json: bool)
       # rewrite every entry, whatever the hashes say
       bifrost-bootstrap rewarm --full
     """
-
-    def work(stack: ExitStack) -> Outcome:
-        from bifrost_bootstrap.init.loop import Request
-
-        return _init(stack, timeout, Request(migrate=False, full=full, allow_shrink=allow_shrink), with_worker=False)
-
-    return run_command("rewarm", as_json, work, on_signal="a warm that a bootstrap worker has begun goes on")
+    with signal_note("a warm that a bootstrap worker has begun goes on"):
+        return _init(timeout, migrate=False, full=full, allow_shrink=allow_shrink)
 
 
 @_command(1, 3, 69)
 @click.option("--wait", type=DurationType(), help="Wait up to this long until everything is ready.")
-@_json_option
-def check(wait: float | None, as_json: bool) -> int:
+def check(wait: float | None) -> Outcome:
     """Say whether schema and cache are ready (0) or not (3). Changes nothing, needs no RabbitMQ.
 
     Examples:
@@ -144,28 +147,18 @@ def check(wait: float | None, as_json: bool) -> int:
       # the init container of a pod that only waits
       bifrost-bootstrap check --wait 10m
     """
+    settings = _load("database", "redis", "tree")
+    from bifrost_bootstrap.migrate import tree_loading
+    from bifrost_bootstrap.status import diagnostics, readiness
 
-    def work(_stack: ExitStack) -> Outcome:
-        settings = _load("database", "redis", "tree")
-        from bifrost_bootstrap.migrate import tree_loading
-        from bifrost_bootstrap.status import diagnostics, readiness
-
-        tree = tree_loading.load(settings)
-        found = readiness.wait_until_ready(settings, tree, Deadline(wait or 0))
-        around = diagnostics.collect_diagnostics(settings, tree)
-        shown = summary.of_check(found, around)
-        facts = {**found.to_dict(), "surroundings": around.to_dict(), "message": found.missing() or "ready"}
-        if found.ready:
-            return Outcome(ExitCode.OK, shown, facts)
-        return Outcome(ExitCode.NOT_READY, shown, facts | {"remedy": found.remedy}, remedy=found.remedy)
-
-    return run_command("check", as_json, work)
+    tree = tree_loading.load(settings)
+    found = readiness.wait_until_ready(settings, tree, Deadline(wait or 0))
+    return summary.of_check(found, diagnostics.collect_diagnostics(settings, tree))
 
 
 @_command(1, 69, ok="it is told, whether or not something is pending")
 @click.option("--sql", "with_sql", is_flag=True, help="Print the SQL of the pending revisions too.")
-@_json_option
-def plan(with_sql: bool, as_json: bool) -> int:
+def plan(with_sql: bool) -> Outcome:
     """Say what init would do: revisions to apply, modules to add, change and remove. Changes nothing.
 
     Examples:
@@ -174,21 +167,15 @@ def plan(with_sql: bool, as_json: bool) -> int:
       # for a reviewer of the migration
       bifrost-bootstrap plan --sql
     """
+    settings = _load("database", "redis", "tree")
+    from bifrost_bootstrap.migrate import tree_loading
+    from bifrost_bootstrap.status import plan as plans
 
-    def work(_stack: ExitStack) -> Outcome:
-        settings = _load("database", "redis", "tree")
-        from bifrost_bootstrap.migrate import tree_loading
-        from bifrost_bootstrap.status import plan as plans
-
-        found = plans.plan(settings, tree_loading.load(settings), with_sql=with_sql)
-        facts = {**found.to_dict(), "message": found.headline}
-        return Outcome(ExitCode.OK, summary.of_plan(found), facts, text=found.sql)
-
-    return run_command("plan", as_json, work)
+    return summary.of_plan(plans.plan(settings, tree_loading.load(settings), with_sql=with_sql))
 
 
-@_command(1, 69, ok="it was told to stop")
-def worker() -> int:
+@_command(1, 69, ok="it was told to stop", has_json=False)
+def worker() -> Outcome:
     """Run a bootstrap worker: it consumes the calls by hand and the chains of its own tree.
 
     Examples:
@@ -197,40 +184,26 @@ def worker() -> int:
       # with a file for a health check
       BIFROST_WORKER_HEALTH_FILE=/tmp/alive bifrost-bootstrap worker
     """
+    settings = _load("database", "redis", "rabbitmq", "tree")
+    from bifrost_bootstrap.migrate import tree_loading
+    from bifrost_bootstrap.worker import program
 
-    def work(_stack: ExitStack) -> Outcome:
-        settings = _load("database", "redis", "rabbitmq", "tree")
-        from bifrost_bootstrap import broker
-        from bifrost_bootstrap.migrate import tree_loading
-        from bifrost_bootstrap.servers import waiting
-        from bifrost_bootstrap.worker import program as worker_program
-
-        # Celery would leave without a verdict.
-        tree = tree_loading.load(settings)
-        worker_program.start_health_file(settings.worker_health_file)
-        # Celery itself would end with 0 where its login is refused, with 1 where a right is missing, and try a wrong
-        # virtual host for ever.
-        queues = worker_program.queues(settings, tree)
-        waiting.wait_for(
-            {broker.display_name(): lambda: broker.check_permissions(*queues)}, Deadline(settings.init_timeout)
-        )
-        for one in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(one, signal.SIG_DFL)
-        # What Celery prints is no result.
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        if code := worker_program.run(settings):
-            raise OwnProcessError("Celery's worker", f"it ended with {code}")
-        stopped = "it was told to stop"
-        return Outcome(ExitCode.OK, facts={"message": stopped}, message=stopped)
-
-    return run_command("worker", False, work)
+    # Loaded here first: if the tree cannot be loaded, Celery would leave without a verdict.
+    program.wait_for_broker(settings, tree_loading.load(settings))
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_DFL)
+    # What Celery prints is not our result.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    if code := program.run(settings):
+        raise OwnProcessError("Celery's worker", f"it ended with {code}")
+    stopped = "it was told to stop"
+    return Outcome(ExitCode.OK, stopped, facts={"message": stopped})
 
 
 @_command(69, ok="the files are rows")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--yes", is_flag=True, help="Really write to that database.")
-@_json_option
-def load(folder: Path, yes: bool, as_json: bool) -> int:
+def load(folder: Path, yes: bool) -> Outcome:
     """For development: insert or update the .py files of FOLDER as modules. Never deletes.
 
     Examples:
@@ -239,32 +212,31 @@ def load(folder: Path, yes: bool, as_json: bool) -> int:
       # write
       bifrost-bootstrap load ./modules --yes
     """
+    settings = _load("database")
+    from bifrost_bootstrap.dev import load as loading
 
-    def work(_stack: ExitStack) -> Outcome:
-        settings = _load("database")
-        from bifrost_bootstrap.dev.load import load
-
-        if not yes:
-            raise UsageError(f"load would write to {settings.database}", "say --yes if that is meant")
-        result = load(settings, folder)
-        return Outcome(ExitCode.OK, summary.of_load(result, str(settings.database)), result.to_dict())
-
-    return run_command("load", as_json, work)
+    if not yes:
+        raise UsageError(f"load would write to {settings.database}", "say --yes if that is meant")
+    return summary.of_load(loading.load(settings, folder), str(settings.database))
 
 
-def _init(stack: ExitStack, timeout: float | None, request: Request, *, with_worker: bool) -> Outcome:
-    from bifrost_bootstrap.init.loop import init
+def _init(timeout: float | None, *, with_worker: bool = False, **work: bool) -> Outcome:
+    """Run init until it succeeds. work: the fields of its `Request`."""
+    from bifrost_bootstrap.init.loop import Request, init
 
     settings = _load("database", "redis", "rabbitmq", "tree")
     deadline = Deadline(settings.init_timeout if timeout is None else timeout)
-    options: dict[str, Any] = {}
-    # A worker of our own writes to the same terminal, past the bar.
-    if sys.stderr.isatty() and settings.log_format == "text" and not with_worker:
-        from bifrost_bootstrap.cli import terminal
+    with _progress_display(settings, with_worker) as report:
+        return summary.of_init(init(settings, deadline, Request(**work), report, with_worker=with_worker))
 
-        options["report"] = stack.enter_context(terminal.bar())
-    done = init(settings, deadline, request, with_worker=with_worker, **options)
-    return Outcome(ExitCode.OK, summary.of_init(done), done.to_dict())
+
+def _progress_display(settings: Settings, with_worker: bool) -> AbstractContextManager[Report]:
+    """The progress bar if stderr is a terminal. A worker of our own would write log lines into the bar."""
+    if not sys.stderr.isatty() or settings.log_format != "text" or with_worker:
+        return nullcontext(lambda _progress: None)
+    from bifrost_bootstrap.cli import terminal
+
+    return terminal.bar()
 
 
 def _load(*needs: Need) -> Settings:
@@ -273,11 +245,14 @@ def _load(*needs: Need) -> Settings:
     return settings
 
 
-def _start_embedded(stack: ExitStack) -> None:
+@contextmanager
+def _embedded_servers() -> Iterator[None]:
+    """Embedded servers for the time of the block, in place of those that the environment names."""
     from bifrost_bootstrap.dev.embedded import embedded_servers
 
     logger.info("starting embedded servers, gone with this command")
-    servers = stack.enter_context(embedded_servers())
-    ignored = environment.use_embedded_servers(servers.database_url, servers.redis_url)
-    if ignored:
-        logger.info("--embedded ignores %s", ", ".join(ignored))
+    with embedded_servers() as servers:
+        ignored = environment.use_embedded_servers(servers.database_url, servers.redis_url)
+        if ignored:
+            logger.info("--embedded ignores %s", ", ".join(ignored))
+        yield

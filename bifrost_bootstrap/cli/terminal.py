@@ -1,4 +1,4 @@
-"""What a terminal gets in place of plain lines: a coloured summary and a progress bar. `NO_COLOR` is rich's to keep."""
+"""What a terminal gets in place of plain lines: a coloured outcome and a progress bar. rich reads `NO_COLOR`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from rich.progress import BarColumn, Progress as Display, ProgressColumn, Task, 
 from rich.table import Table
 from rich.text import Text
 
-from bifrost_bootstrap.cli.summary import Summary
+from bifrost_bootstrap.cli.report import Outcome
 from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.progress import Progress, Report
 from bifrost_bootstrap.redaction import masked
 
 
-def show(summary: Summary, code: ExitCode) -> None:
-    """Print a summary on stdout. Its texts are data: no markup is read in them."""
+def show(outcome: Outcome) -> None:
+    """Print an outcome on stdout. Its texts are data: they are not read as markup."""
     console = Console(highlight=False)
-    colour = {ExitCode.OK: "bold green", ExitCode.NOT_READY: "bold yellow"}.get(code, "bold red")
-    console.print(Text(masked(summary.headline), colour), soft_wrap=True)
+    colour = {ExitCode.OK: "bold green", ExitCode.NOT_READY: "bold yellow"}.get(outcome.code, "bold red")
+    console.print(Text(masked(outcome.message), colour), soft_wrap=True)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    for label, text in summary.rows:
+    for label, text in outcome.rows or []:
         table.add_row(Text(f"  {label}"), Text(masked(text)))
-    if summary.rows:
+    if outcome.rows:
         console.print(table)
+    if outcome.text:
+        console.out(masked(outcome.text), highlight=False)
 
 
 class _Rate(ProgressColumn):
-    """How many of the unit a second, once that is known."""
+    """Units per second; empty until rich has measured it."""
 
     def render(self, task: Task) -> Text:
         unit = task.fields.get("unit")
@@ -40,25 +42,29 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bar() -> Iterator[Report]:
-    """A progress bar on stderr for as long as the block lasts; log lines scroll above it."""
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(),
-        TextColumn("{task.fields[count]}"), _Rate(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Display(*columns, console=Console(stderr=True), transient=True) as display:
-        task = display.add_task("waiting", total=None, count="", unit="")
-        shown = ""
+    """A progress bar on stderr for the time of the block; log lines scroll above it."""
+    description = TextColumn("{task.description}", markup=False)
+    count = TextColumn("{task.fields[count]}")
+    console = Console(stderr=True)
+    with Display(
+        description, BarColumn(), count, _Rate(), TimeRemainingColumn(), console=console, transient=True
+    ) as shown:
+        task = shown.add_task("waiting", total=None, count="", unit="")
+        step = ""
 
         def report(progress: Progress) -> None:
-            nonlocal shown
-            if progress.step != shown:
-                # Its own rate and remaining time: one revision takes longer than a thousand modules.
-                display.reset(task, total=None)
-                shown = progress.step
-            count = f"{progress.done:,} of {progress.total:,} {progress.unit}" if progress.total else ""
-            display.update(
-                task, description=masked(progress.what), total=progress.total or None, completed=progress.done,
-                count=count, unit=progress.unit,
-            )  # fmt: skip
+            nonlocal step
+            if progress.step != step:
+                # Each step has its own rate: one revision takes longer than a thousand modules.
+                shown.reset(task, total=None)
+                step = progress.step
+            shown.update(
+                task,
+                description=masked(progress.what),
+                total=progress.total or None,
+                completed=progress.done,
+                count=f"{progress.done:,} of {progress.total:,} {progress.unit}" if progress.total else "",
+                unit=progress.unit,
+            )
 
         yield report

@@ -87,9 +87,9 @@ def init(
     settings: Settings,
     deadline: Deadline,
     request: Request,
+    report: Report,
     *,
     with_worker: bool,
-    report: Report = lambda _progress: None,
 ) -> InitReport:
     """
     Run until the deployment is ready, or raise the error that says why it is not.

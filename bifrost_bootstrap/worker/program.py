@@ -25,14 +25,15 @@ from celery.worker import consumer, state
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 
-from bifrost_bootstrap import logs, settings as environment
+from bifrost_bootstrap import broker, logs, settings as environment
 from bifrost_bootstrap.celery import WARM, add_queue, app
+from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError
 from bifrost_bootstrap.migrate import tree_loading
 from bifrost_bootstrap.migrate.tree import QUEUE, Tree
 from bifrost_bootstrap.progress import BEAT, HEARTBEAT_TTL, MESSAGE_TTL, heartbeat_key
 from bifrost_bootstrap.redaction import masked
-from bifrost_bootstrap.servers import redis_server
+from bifrost_bootstrap.servers import redis_server, waiting
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.worker.cache_monitor import ANY_WORKER_BUSY, CacheMonitor
 
@@ -84,7 +85,7 @@ def choose_queues(**_facts: Any) -> None:
     except BootstrapError as error:
         logger.error("%s", error)
         raise SystemExit(int(error.exit_code)) from None
-    own = add_queue(queues(settings, tree)[-1])
+    own = add_queue(chain_queue(settings, tree))
     if settings.run_queue:
         app.amqp.queues.select([own.name])
     else:
@@ -92,11 +93,23 @@ def choose_queues(**_facts: Any) -> None:
     logger.info("bootstrap worker of tree %s (%s), queue %s", tree.alembic.config, tree.why, own.name)
 
 
-def queues(settings: Settings, tree: Tree) -> list[str]:
-    """What a worker consumes: the calls by hand, and last the queue of its tree; the worker of one run that run's."""
-    if settings.run_queue:
-        return [settings.run_queue]
-    return [QUEUE, tree.queue(settings.database.target)]
+def chain_queue(settings: Settings, tree: Tree) -> str:
+    """The queue of this worker's chains: that of its tree, or that of the one init which has started the worker."""
+    return settings.run_queue or tree.queue(settings.database.target)
+
+
+def wait_for_broker(settings: Settings, tree: Tree) -> None:
+    """
+    Wait until the broker lets this worker declare its queues, and touch the health file meanwhile.
+
+    Celery itself would end with 0 if the broker rejects the login, with 1 if a right is missing, and would try a wrong
+    virtual host forever. Raises UnavailableError at the deadline, RefusedError.
+    """
+    start_health_file(settings.worker_health_file)
+    by_hand = [] if settings.run_queue else [QUEUE]
+    queues = [*by_hand, chain_queue(settings, tree)]
+    probes = {broker.display_name(): lambda: broker.check_permissions(*queues)}
+    waiting.wait_for(probes, Deadline(settings.init_timeout))
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]

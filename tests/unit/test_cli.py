@@ -257,6 +257,24 @@ def test_bug_outside_a_command_is_70(monkeypatch: pytest.MonkeyPatch, in_process
     assert commands.run([]) == 70
 
 
+@pytest.mark.parametrize(("leaving", "code"), [(78, 78), (5, 70), ("a text", 70), (None, 70)])
+@pytest.mark.usefixtures("in_process")
+def test_a_library_that_leaves(leaving: int | str | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Celery's worker leaves with a code of ours if its queues cannot be chosen; any other code is a bug."""
+
+    def leave(*_arguments: object, **_options: object) -> None:
+        raise SystemExit(leaving)
+
+    monkeypatch.setattr(commands.main, "main", leave)
+    assert commands.run([]) == code
+
+
+def test_stderr_that_cannot_be_written(run_command: RunCommand, clean_env: dict[str, str]) -> None:
+    """A full disk under stderr does not change the code of wrong usage."""
+    shell = 'exec "$0" -m bifrost_bootstrap nonsense 2> /dev/full'
+    assert run_command(["/bin/sh", "-c", shell, sys.executable], env=clean_env).returncode == 64
+
+
 #: Cleans up without an end when it is told to stop.
 SLOW_TO_END = """
 import sys, time

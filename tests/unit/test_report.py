@@ -68,12 +68,11 @@ def test_error_says_what_and_what_to_do() -> None:
 
 
 def test_termination_message(tmp_path: Path) -> None:
-    """One JSON line; without a file nothing happens; a file that cannot be written is the caller's to judge."""
+    """One JSON line; the caller handles a file that cannot be written."""
     file = tmp_path / "termination-log"
     report.write_termination_message(file, "init", ExitCode.OK, {"seconds": 1.5})
     assert file.read_text().count("\n") == 1
     assert json.loads(file.read_text())["seconds"] == 1.5
-    report.write_termination_message(None, "init", ExitCode.OK, {})
     with pytest.raises(OSError, match="No such file"):
         report.write_termination_message(tmp_path / "absent" / "file", "init", ExitCode.OK, {})
 
