@@ -1,4 +1,4 @@
-"""Every way to fail: the exit code, what was said, and what was left alone."""
+"""Every way in which init fails: exit code, message, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def upgrade() -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The alembic.ini of a tree whose first revision creates the table; `add_revision` puts more on top."""
+    """The alembic.ini of a tree whose first revision creates the table. `add_revision` adds revisions."""
     folder = tmp_path / "tree"
     (folder / "versions").mkdir(parents=True)
     (folder / "env.py").write_text(
@@ -65,7 +65,7 @@ def add_revision(config: Path, name: str, down: str | None, statement: str, titl
 
 @pytest.fixture
 def tree_env(bifrost_env: dict[str, str], tree: Path) -> dict[str, str]:
-    """The environment with that tree."""
+    """The environment `bifrost_env` with this tree."""
     return bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree)}
 
 
@@ -92,7 +92,9 @@ def test_broken_migration(
     database: Database,
     redis_url: str,
 ) -> None:
-    """Exit 1, named with revision and the database's own words; what came before stays, and the warm did not run."""
+    """Exit 1 with the revision and the error of PostgreSQL. Earlier revisions stay applied, and the warm does
+    not run.
+    """
     add_revision(tree, "bbb2", "aaa1", "ALTER TABLE nowhere ADD COLUMN x int", "Alter a table that is not there")
     add_revision(tree, "ccc3", "bbb2", "SELECT 1", "Never reached")
     worker = start_worker(env=tree_env)
@@ -126,7 +128,7 @@ def test_broken_migration(
 def test_failed_warm(
     run_bootstrap: RunBootstrap, bootstrap_worker: Command, database: Database, redis_url: str
 ) -> None:
-    """A warm that would remove most of the cache ends in 2, changes nothing, and goes on with --allow-shrink."""
+    """A warm that would remove most of the cache ends with 2 and changes nothing. --allow-shrink lets it continue."""
     assert run_bootstrap("init").returncode == 0
     many = {f"many/{number}.py": "" for number in range(30)}
     insert_modules(database, many)
@@ -150,10 +152,10 @@ def test_failed_warm(
         ("BIFROST_RABBITMQ_URL", r"RabbitMQ 127\.0\.0\.1:{port}/\S+ is not available: .*refused"),
     ],
 )
-def test_server_that_is_down(
+def test_stopped_server_is_69(
     variable: str, words: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """A server that is down is named while it is waited for and at the end, which comes at the deadline with 69."""
+    """Init names a stopped server while it waits and in its last line. It ends with 69 at the deadline."""
     port = free_port()
     env = bifrost_env | {variable: with_address(bifrost_env[variable], port)}
     done = run_bootstrap("init", "--timeout", SHORT, env=env)
@@ -166,7 +168,7 @@ def test_server_that_is_down(
 
 
 def test_check_does_not_wait_for_a_server(run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
-    """`check` without `--wait` says at once which server is away, with 69; RabbitMQ it does not need."""
+    """`check` without `--wait` names a stopped server at once and ends with 69. It does not need RabbitMQ."""
     env = bifrost_env | {"BIFROST_REDIS_URL": with_address(bifrost_env["BIFROST_REDIS_URL"], free_port())}
     del env["BIFROST_RABBITMQ_URL"]
     done = run_bootstrap("check", "--json", env=env)
@@ -175,8 +177,8 @@ def test_check_does_not_wait_for_a_server(run_bootstrap: RunBootstrap, bifrost_e
     assert found["message"].startswith("Redis 127.0.0.1:")
 
 
-def test_refused_password(run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
-    """A wrong password is waited for, since the server may be in its first start, and then is configuration: 78."""
+def test_rejected_password_is_78_after_a_while(run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
+    """Init retries a rejected password, because the server may still initialise; then it ends with 78."""
     url = urlsplit(bifrost_env["BIFROST_DATABASE_URL"])
     wrong = url._replace(netloc=f"bifrost:another-word@{url.netloc.rpartition('@')[2]}").geturl()
     done = run_bootstrap("init", "--timeout", SHORT, env=bifrost_env | {"BIFROST_DATABASE_URL": wrong})
@@ -186,7 +188,9 @@ def test_refused_password(run_bootstrap: RunBootstrap, bifrost_env: dict[str, st
 
 
 def test_no_worker(run_bootstrap: RunBootstrap, start_command: StartCommand, bifrost_env: dict[str, str]) -> None:
-    """Without a bootstrap worker init says so within seconds, with the command that starts one; 69 at the deadline."""
+    """Without a bootstrap worker, init prints the command that starts one within seconds, and ends with 69 at
+    the deadline.
+    """
     init = start_command([*BOOTSTRAP, "init", "--timeout", "15s"], env=bifrost_env)
     warning = init.wait_for(r"WARNING no bootstrap worker .*\n", timeout=12)
     assert "bifrost-bootstrap worker" in warning[0]
@@ -213,7 +217,7 @@ def test_signal(
     run_bootstrap: RunBootstrap,
     database: Database,
 ) -> None:
-    """A signal ends init at once with its code, and says that the worker goes on: the next init finds its work done."""
+    """After a signal, init exits at once and says that the worker continues. The next init finds the work done."""
     add_revision(tree, "bbb2", "aaa1", "SELECT pg_sleep(6)", "Take a while")
     start_worker(env=tree_env)
     init = start_command([*BOOTSTRAP, "init", "--json"], env=tree_env)
@@ -234,7 +238,7 @@ def test_signal(
 def test_deadline(
     tree: Path, tree_env: dict[str, str], start_worker: StartWorker, run_bootstrap: RunBootstrap, database: Database
 ) -> None:
-    """A deadline that passes while our chain is at work is 124, and the chain goes on without us."""
+    """If the deadline passes while the chain runs, init ends with 124 and the chain continues."""
     add_revision(tree, "bbb2", "aaa1", "SELECT pg_sleep(8)", "Take a while")
     start_worker(env=tree_env)
     done = run_bootstrap("init", "--timeout", SHORT, env=tree_env)
@@ -244,7 +248,7 @@ def test_deadline(
 
 
 @pytest.mark.slow  # nearly a minute: of a shorter deadline the task has only a share for its last attempt
-def test_m11_table_lock_seen_from_init(
+def test_m11_init_names_the_session_that_locks_the_table(
     tree: Path,
     tree_env: dict[str, str],
     start_command: StartCommand,
@@ -252,7 +256,9 @@ def test_m11_table_lock_seen_from_init(
     run_bootstrap: RunBootstrap,
     database: Database,
 ) -> None:
-    """A session keeps the table, and the worker comes long after init: 75 with its pid, from the task itself."""
+    """A session locks the table and the worker starts late: init ends with 75 and the PID from the error of
+    the task.
+    """
     assert run_bootstrap("init", "--with-worker", env=tree_env).returncode == 0
     add_revision(tree, "bbb2", "aaa1", "ALTER TABLE workspace_files ADD COLUMN x int", "Want the table")
     with database.connect() as report:
@@ -270,7 +276,7 @@ def test_m11_table_lock_seen_from_init(
 def test_rewarm_applies_no_revision(
     tree: Path, tree_env: dict[str, str], bootstrap_worker: Command, run_bootstrap: RunBootstrap
 ) -> None:
-    """With revisions pending a re-warm says so at once, in 1, and sends nothing."""
+    """`rewarm` ends with 1 at once if revisions are pending, and publishes no task."""
     done = run_bootstrap("rewarm", env=tree_env)
     assert done.returncode == 1
     assert "1 revisions are pending" in done.stderr.splitlines()[-1]
@@ -279,7 +285,7 @@ def test_rewarm_applies_no_revision(
 
 
 def test_two_heads(tree: Path, tree_env: dict[str, str], run_bootstrap: RunBootstrap, database: Database) -> None:
-    """A fork by accident is refused before anything is done, in 1, with the command that mends it."""
+    """A tree with two unlabelled heads ends with 1 before any change. The message has the command that merges them."""
     add_revision(tree, "bbb2", "aaa1", "SELECT 1", "One")
     add_revision(tree, "bbb3", "aaa1", "SELECT 1", "Two")
     done = run_bootstrap("init", "--with-worker", env=tree_env)
@@ -288,10 +294,10 @@ def test_two_heads(tree: Path, tree_env: dict[str, str], run_bootstrap: RunBoots
     assert heads(database) == []
 
 
-def test_json_logs_and_last_words(
+def test_json_logs_of_init_and_worker(
     run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], database: Database, tmp_path: Path
 ) -> None:
-    """With JSON logs every line of init and of its worker is one object; the last one is the verdict."""
+    """With JSON logs, every line of init and of its worker is a JSON object. The last one is the verdict."""
     words = tmp_path / "termination-log"
     env = bifrost_env | {"BIFROST_LOG_FORMAT": "json", "BIFROST_TERMINATION_LOG": str(words)}
     done = run_bootstrap("init", "--with-worker", "--json", env=env)
@@ -320,7 +326,7 @@ def test_no_password_at_any_verbosity(
     run_bootstrap: RunBootstrap,
     bifrost_env: dict[str, str],
 ) -> None:
-    """Worker, init, check, failures and tracebacks at DEBUG never show the password that every URL here has."""
+    """Worker, init and check, their failures and their tracebacks at DEBUG never contain the password of the URLs."""
     statement = f"SELECT '{LEAK_MARKS[0]}' FROM nowhere"
     assert leaks_in(statement)  # the control: what is searched for is found where it is
     assert all(leaks_in(bifrost_env[f"BIFROST_{name}_URL"]) for name in ("DATABASE", "REDIS", "RABBITMQ"))
@@ -345,7 +351,7 @@ def test_no_password_at_any_verbosity(
 
 
 def test_message_of_the_tree_with_its_url(tree: Path, tree_env: dict[str, str], run_bootstrap: RunBootstrap) -> None:
-    """A tree that puts its URL into an error does not make us print the password."""
+    """If the tree raises an error with its URL in it, the password is masked."""
     env_py = tree.parent / "env.py"
     env_py.write_text("import os\nurl = os.environ['BIFROST_DATABASE_URL']\nraise RuntimeError(f'cannot use {url}')\n")
     done = run_bootstrap("init", "--with-worker", env=tree_env)

@@ -1,4 +1,4 @@
-"""A few cells of the fault matrix; `make test-faults` runs all."""
+"""A part of the fault matrix; `make test-faults` runs all of it."""
 
 from __future__ import annotations
 
@@ -11,5 +11,7 @@ from tests.setups.stack import Deployment
 
 @pytest.mark.parametrize("cell", SHORT, ids=str)
 def test_fault_cell(deployment: Deployment, cell: Cell) -> None:
-    """Init ends soon after the fault with its code, each revision is applied once, the cache is whole."""
+    """After the fault, init ends soon with the expected exit code, each revision is applied once, the cache is
+    complete.
+    """
     run_cell(deployment, cell)

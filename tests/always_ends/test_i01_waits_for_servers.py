@@ -1,4 +1,4 @@
-"""I1: init waits for what is not up yet, says so, and knows when waiting has no sense."""
+"""I1: init waits for servers that are not up yet, logs that, and stops waiting when waiting cannot help."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from tests.setups.stack import COMPLETE, LESS_PATIENT, Deployment
 
 
 def test_i01_waits_for_every_server_and_a_worker(deployment: Deployment) -> None:
-    """With nothing up, init names each server with reason, elapsed and limit, and goes on as each one comes."""
+    """With everything down, init names each server with reason, elapsed time and limit, and continues when
+    each is up.
+    """
     lines = deployment.stack.init_lines
     for line in lines.all():
         line.refuse()
@@ -46,8 +48,8 @@ def test_i01_waits_for_every_server_and_a_worker(deployment: Deployment) -> None
     assert deployment.cache() == COMPLETE
 
 
-def test_i01_says_it_at_a_steady_pace(caplog: pytest.LogCaptureFixture) -> None:
-    """However often init probes a server that is away, it logs it once in each interval."""
+def test_i01_logs_once_per_interval(caplog: pytest.LogCaptureFixture) -> None:
+    """Init logs an unreachable server once per interval, however often it probes the server."""
     probes = 0
 
     def probe() -> None:
@@ -63,8 +65,8 @@ def test_i01_says_it_at_a_steady_pace(caplog: pytest.LogCaptureFixture) -> None:
     assert probes == 6
 
 
-def test_i01_a_server_that_is_away_until_the_deadline_is_69(deployment: Deployment) -> None:
-    """At the deadline the code says that a server was not there, and the last line which."""
+def test_i01_stopped_server_is_69_at_the_deadline(deployment: Deployment) -> None:
+    """Init ends with 69 at the deadline, and its last line names the server."""
     deployment.stack.init_lines.redis.refuse()
     done = deployment.start_init(timeout="2s").wait()
     assert done.returncode == 69
@@ -72,8 +74,8 @@ def test_i01_a_server_that_is_away_until_the_deadline_is_69(deployment: Deployme
 
 
 @pytest.mark.slow  # 20 s
-def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deployment) -> None:
-    """A server that accepts and never answers is waited for beside the others, and ends in 69 as well."""
+def test_i01_silent_server_does_not_hide_the_others(deployment: Deployment) -> None:
+    """A server that accepts connections and never replies is waited for like the others, and ends with 69 as well."""
     deployment.stack.init_lines.postgres.cut()
     deployment.stack.init_lines.redis.refuse()
     init = deployment.start_init(timeout="20s")
@@ -84,7 +86,7 @@ def test_i01_a_server_that_is_silent_does_not_hide_the_others(deployment: Deploy
 
 @pytest.fixture
 def rejection_timeout(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Shorter than the 30 s that the program has; seconds."""
+    """A rejection timeout of less than the default of 30 s (seconds)."""
     monkeypatch.setattr(deadline, "REJECTION_TIMEOUT", 1.5)
     return 1.5
 
@@ -99,8 +101,8 @@ def login(url: str) -> Callable[[], None]:
     return probe
 
 
-def test_i01_a_refused_login_may_become_right(deployment: Deployment, rejection_timeout: float) -> None:
-    """The time for a rejection begins with the rejection, however long the server was away before."""
+def test_i01_rejected_login_is_retried(deployment: Deployment, rejection_timeout: float) -> None:
+    """The rejection timeout starts with the first rejection, however long the server was down before."""
     line = deployment.stack.init_lines.postgres
     url = line.through(deployment.database.url).replace("bifrost:", f"late_{deployment.database.name}:", 1)
     role = sql.Identifier(f"late_{deployment.database.name}")
@@ -130,7 +132,7 @@ def test_i01_a_refused_login_may_become_right(deployment: Deployment, rejection_
     assert refusals == 2
 
 
-def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, rejection_timeout: float) -> None:
+def test_i01_rejected_login_is_an_error_after_the_timeout(deployment: Deployment, rejection_timeout: float) -> None:
     """A rejection that lasts is the error, long before the deadline."""
     deadline = Deadline(60)
     with pytest.raises(RefusedError, match="nobody"):
@@ -139,8 +141,8 @@ def test_i01_a_refused_login_that_lasts_is_given_up(deployment: Deployment, reje
     assert not deadline.passed
 
 
-def test_i01_a_refusal_in_the_middle_is_78(deployment: Deployment) -> None:
-    """A database that is dropped while init waits for its chain ends it with 78 after a while, not at the deadline."""
+def test_i01_database_dropped_while_init_waits_is_78(deployment: Deployment) -> None:
+    """If the database is dropped while init waits for its chain, init ends with 78 before the deadline."""
     environment = deployment.environment(deployment.stack.init_lines)
     init = deployment.commands.start([sys.executable, "-c", LESS_PATIENT], env=environment, cwd=deployment.folder)
     init.wait_for("chain enqueued")
@@ -150,8 +152,8 @@ def test_i01_a_refusal_in_the_middle_is_78(deployment: Deployment) -> None:
     assert "does not exist" in done.stderr.splitlines()[-1]
 
 
-def test_i01_a_silent_redis_is_69(deployment: Deployment) -> None:
-    """Redis accepts and never answers, from the start on: init says so within seconds, and names it at the deadline."""
+def test_i01_silent_redis_is_69(deployment: Deployment) -> None:
+    """If Redis never replies, init logs that within seconds and names Redis at the deadline."""
     line = deployment.stack.init_lines.redis
     line.cut()
     init = deployment.start_init(timeout="15s")
@@ -163,8 +165,8 @@ def test_i01_a_silent_redis_is_69(deployment: Deployment) -> None:
 
 
 @pytest.mark.parametrize("command", ["init", "check", pytest.param("plan", marks=pytest.mark.slow)])
-def test_i01_a_table_that_is_locked_is_69(deployment: Deployment, command: str) -> None:
-    """A comparison that somebody's lock on the table blocks ends, and the server is named."""
+def test_i01_locked_table_is_69(deployment: Deployment, command: str) -> None:
+    """A comparison that waits for another session's table lock ends with 69 and names the server."""
     deployment.start_worker()
     assert deployment.start_init().wait().returncode == 0
     deployment.database.execute("UPDATE workspace_files SET content = 'three' WHERE path = 'kept'")
@@ -188,8 +190,10 @@ sys.exit(cli.run({[command, *options]}))
     ("readiness.read_readiness", 124, "an operation did not return"),
     ("waiting.wait_for", 69, "Redis 127.0.0.1:"),
 ])  # fmt: skip
-def test_i01_what_nobody_thought_of_ends_too(deployment: Deployment, hangs: str, code: int, words: str) -> None:
-    """A call that never returns is ended soon after the deadline; a server that is known to be away is named."""
+def test_i01_call_that_never_returns_is_interrupted(deployment: Deployment, hangs: str, code: int, words: str) -> None:
+    """A call that never returns is interrupted soon after the deadline. The error names a server that is known
+    to be down.
+    """
     deployment.stack.init_lines.redis.refuse()
     program = f"""
 import sys, time
@@ -207,8 +211,8 @@ sys.exit(cli.run(["init", "--timeout", "2s"]))
     assert words in done.stderr.splitlines()[-1]
 
 
-def test_i01_a_foreign_error_of_a_look_is_not_swallowed() -> None:
-    """What is no fault of a server, a bug for instance, ends the wait at once."""
+def test_i01_bug_in_a_probe_ends_the_wait() -> None:
+    """An exception that is not a server's fault ends the wait at once."""
 
     def probe() -> None:
         raise psycopg.ProgrammingError("a bug")
@@ -217,8 +221,8 @@ def test_i01_a_foreign_error_of_a_look_is_not_swallowed() -> None:
         waiting.wait_for({"a server": probe}, Deadline(60))
 
 
-def test_i01_an_earlier_error_says_more_than_no_answer_yet() -> None:
-    """Where the deadline passes before any server was heard, the error that was seen before is raised."""
+def test_i01_earlier_error_is_raised_if_no_server_answered() -> None:
+    """If the deadline passes before the first reply, the error from before the wait is raised."""
     hung = Event()
     earlier = UnavailableError("PostgreSQL db:5432/bifrost", "Connection refused")
     try:

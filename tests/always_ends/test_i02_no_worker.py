@@ -1,4 +1,4 @@
-"""I2: no worker for this chain is told within seconds."""
+"""I2: init says within seconds that no worker consumes its queue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from tests.setups.stack import Deployment
 
 
 def test_i02_nobody_consumes_the_queue(deployment: Deployment) -> None:
-    """Without a worker the queue and the command that starts one are told in the first look, and the end is 69."""
+    """Without a worker, the first log lines have the queue and the command that starts a worker. The exit code
+    is 69.
+    """
     init = deployment.start_init(timeout="8s")
     warning = init.wait_for(rf"no bootstrap worker .* consumes the queue {deployment.queue}.*bifrost-bootstrap worker")
     assert "enqueueing again" not in init.stderr.read_text()[: warning.end()]
@@ -16,8 +18,8 @@ def test_i02_nobody_consumes_the_queue(deployment: Deployment) -> None:
     assert "init --with-worker" in done.stderr.splitlines()[-1]
 
 
-def test_i02_a_worker_of_another_tree_is_none(deployment: Deployment) -> None:
-    """A worker that has another tree, or another database, does not count and does not take the chain."""
+def test_i02_worker_of_another_tree_does_not_count(deployment: Deployment) -> None:
+    """A worker with another tree or another database is not counted, and does not run the chain."""
     deployment.env = {"BIFROST_ALEMBIC_CONFIG": "builtin"}
     deployment.start_worker(queue="")
     deployment.env = {}

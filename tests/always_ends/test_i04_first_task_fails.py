@@ -1,4 +1,4 @@
-"""I4: when the first task fails, init ends at once, with that task's own error."""
+"""I4: when the first task fails, init ends at once with the error of the task."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def when(log: Path, pattern: str) -> datetime:
     return datetime.fromisoformat(found[1])
 
 
-def test_i04_own_error_within_seconds(deployment: Deployment) -> None:
-    """A revision that fails ends init within 2 s with 1, naming revision, statement and what was applied before."""
+def test_i04_error_of_the_task_within_2_seconds(deployment: Deployment) -> None:
+    """Init ends with 1 within 2 s, and names the revision, the statement and the applied revisions."""
     deployment.fill_cache()
     (deployment.folder / "fail").touch()
     worker = deployment.start_worker()

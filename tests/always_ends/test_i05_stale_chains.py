@@ -1,4 +1,4 @@
-"""I5: a chain that nobody took before its init was gone does not run later."""
+"""I5: a chain that no worker started before its init ended does not run later."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def wanted(deployment: Deployment) -> dict[bytes, int]:
         return {key: int(client.pttl(key)) for key in keys}
 
 
-def test_i05_what_ends_a_chain_is_on_it_from_the_start(deployment: Deployment) -> None:
-    """The message expires in the broker, and who waits for it says so for half a minute at a time."""
+def test_i05_message_expires_and_init_renews_its_key(deployment: Deployment) -> None:
+    """The message expires in the broker, and the waiting init renews its key in Redis for 30 s at a time."""
     init = deployment.start_init()
     init.wait_for("chain enqueued")
     wait_until(lambda: deployment.messages() == 1, "the message is there")
@@ -38,7 +38,7 @@ def test_i05_what_ends_a_chain_is_on_it_from_the_start(deployment: Deployment) -
 
 @pytest.mark.slow
 def test_i05_left_in_the_queue(deployment: Deployment) -> None:
-    """The message of an init that was killed is gone within 60 s, and a worker that comes then does nothing."""
+    """The message of a killed init is gone within 60 s, and a worker that starts later does nothing."""
     init = deployment.start_init()
     init.wait_for("chain enqueued")
     wait_until(lambda: deployment.messages() == 1, "the message is there")
@@ -53,7 +53,7 @@ def test_i05_left_in_the_queue(deployment: Deployment) -> None:
 
 
 def test_i05_held_by_a_busy_worker(deployment: Deployment) -> None:
-    """A chain that waits in a worker's memory behind another task is refused when its init has gone meanwhile."""
+    """A chain that waits in a worker behind another task is rejected if its init has ended meanwhile."""
     deployment.hold("warming")
     worker = deployment.start_worker()
     first = deployment.start_init()

@@ -1,4 +1,4 @@
-"""I6: a task that kills its worker every time is given up and reported."""
+"""I6: a task that kills its worker process every time is given up and reported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.setups.stack import COMPLETE, REVISIONS, Deployment
 
 
 def test_i06_given_up_after_a_few_attempts(deployment: Deployment) -> None:
-    """A revision that kills its task process is tried three times, then init ends with 1; the worker lives on."""
+    """A revision that kills its task process is tried three times. Then init ends with 1, and the worker lives."""
     poison = deployment.folder / "poison"
     poison.touch()
     worker = deployment.start_worker()

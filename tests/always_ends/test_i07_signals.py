@@ -1,4 +1,4 @@
-"""I7: SIGTERM and SIGINT end init at once, wherever it is, as PID 1 too."""
+"""I7: SIGTERM and SIGINT end init at once in every phase, also as PID 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 @pytest.mark.parametrize(("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.slow)])
 def test_i07_while_it_waits_for_the_chain(deployment: Deployment, number: signal.Signals, code: int) -> None:
-    """Init ends with the signal's code, says that the work goes on, and it does: the next init finds it done."""
+    """Init exits with the code of the signal and says that the work continues. The next init finds it done."""
     deployment.hold("migrating")
     deployment.start_worker()
     init = deployment.start_init()
@@ -39,7 +39,7 @@ def test_i07_while_it_waits_for_the_chain(deployment: Deployment, number: signal
 
 @pytest.mark.parametrize("name", ["postgres", "redis", "rabbitmq"])
 def test_i07_while_a_server_is_silent(deployment: Deployment, name: str) -> None:
-    """A look at a server that accepts and never answers does not delay the end."""
+    """A read from a server that never replies does not delay the exit."""
     getattr(deployment.stack.init_lines, name).cut()
     other = deployment.stack.init_lines.redis if name == "postgres" else deployment.stack.init_lines.postgres
     other.refuse()
@@ -50,7 +50,7 @@ def test_i07_while_a_server_is_silent(deployment: Deployment, name: str) -> None
 
 
 def test_i07_with_its_own_worker(deployment: Deployment) -> None:
-    """Init that brought its worker takes it along: nothing is left running."""
+    """`init --with-worker` ends its worker too, and no process is left."""
     deployment.hold("migrating")
     init = deployment.start_init(own=True)
     deployment.wait_reached("migrating")
@@ -68,7 +68,7 @@ def test_i07_with_its_own_worker(deployment: Deployment) -> None:
 
 @pytest.mark.slow  # its deadline has to leave a busy machine the time to get there
 def test_i07_its_worker_ends_at_the_deadline(deployment: Deployment) -> None:
-    """At the deadline the running revision is cancelled with init's own worker; init does not say that it goes on."""
+    """At the deadline, init's worker cancels the running revision. Init does not say that the work continues."""
     deployment.hold("migrating")
     init = deployment.start_init(own=True, timeout="30s")
     deployment.wait_reached("migrating")
@@ -83,8 +83,8 @@ def test_i07_its_worker_ends_at_the_deadline(deployment: Deployment) -> None:
     assert deployment.cache() == COMPLETE
 
 
-def test_i07_its_worker_ends_when_it_is_killed(deployment: Deployment) -> None:
-    """SIGKILL of an init that brought its worker leaves no process either, and the next one does the work."""
+def test_i07_worker_ends_when_its_init_is_killed(deployment: Deployment) -> None:
+    """SIGKILL of `init --with-worker` leaves no process. The next init does the work."""
     deployment.hold("migrating")
     init = deployment.start_init(own=True)
     deployment.wait_reached("migrating")
@@ -99,8 +99,8 @@ def test_i07_its_worker_ends_when_it_is_killed(deployment: Deployment) -> None:
 
 
 @pytest.mark.slow  # 20 s
-def test_i07_its_worker_is_replaced(deployment: Deployment) -> None:
-    """When the worker that init brought dies, it brings another, and the chain is done."""
+def test_i07_dead_worker_is_replaced(deployment: Deployment) -> None:
+    """If the worker of `init --with-worker` dies, init starts another one, and the chain completes."""
     deployment.hold("migrating")
     init = deployment.start_init(own=True)
     deployment.wait_reached("migrating")
@@ -116,7 +116,7 @@ def test_i07_its_worker_is_replaced(deployment: Deployment) -> None:
 
 @pytest.fixture
 def slow_import(tmp_path: Path) -> Path:
-    """A folder with a `click` whose import never ends; it tells when it has begun."""
+    """A folder with a module `click` whose import never ends. The module creates a file when its import begins."""
     folder = tmp_path / "slow"
     folder.mkdir()
     (folder / "click.py").write_text(
@@ -139,7 +139,7 @@ def process_one(start_command: StartCommand, words: list[str], env: dict[str, st
 def test_i07_during_imports(
     start_command: StartCommand, clean_env: dict[str, str], slow_import: Path, number: signal.Signals, code: int
 ) -> None:
-    """A signal that comes while modules are imported is not lost, and ends in its code, also as PID 1."""
+    """A signal during the imports ends the process with the right exit code, also as PID 1."""
     env = clean_env | {"PYTHONPATH": f"{slow_import}:{clean_env.get('PYTHONPATH', '')}"}
     command, init = process_one(start_command, [sys.executable, "-m", "bifrost_bootstrap", "init"], env)
     wait_until((slow_import / "click.py.begun").exists, "the import")
@@ -148,7 +148,7 @@ def test_i07_during_imports(
 
 
 def test_i07_as_pid_1(deployment: Deployment, start_command: StartCommand) -> None:
-    """As the first process of a container, too, SIGTERM ends init at once with 143."""
+    """As PID 1 of a container, init exits at once with 143 after SIGTERM."""
     words = [sys.executable, "-m", "bifrost_bootstrap", "init"]
     command, init = process_one(start_command, words, deployment.environment(deployment.stack.init_lines))
     command.wait_for("chain enqueued")

@@ -1,4 +1,4 @@
-"""I8: on a terminal a progress bar while it goes on and a table at the end; elsewhere plain lines."""
+"""I8: on a terminal, a progress bar and then a table; elsewhere, plain lines."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def terminal(deployment: Deployment, *words: str, **variables: str) -> Iterator[
 
 
 def test_i08_bar_and_table(deployment: Deployment) -> None:
-    """The bar tells step, count and unit while the work goes on; it is gone when the summary stands there."""
+    """The bar shows step, count and unit while the step runs. It is removed before the summary."""
     deployment.hold("warming")
     deployment.start_worker()
     with terminal(deployment, "init", "--timeout", "2m") as init:
@@ -91,7 +91,7 @@ def test_i08_bar_and_table(deployment: Deployment) -> None:
     ],
 )
 def test_i08_every_command(deployment: Deployment, command: str, code: int, says: str) -> None:
-    """On a terminal each command ends with its code and says what it has to; with NO_COLOR it does without colours."""
+    """On a terminal, each command has its exit code and its text. With NO_COLOR it prints no colours."""
     (deployment.folder / "modules").mkdir()
     for variables in ({}, {"NO_COLOR": "1"}):
         with terminal(deployment, *command.split(), **variables) as shown:
@@ -103,7 +103,7 @@ def test_i08_every_command(deployment: Deployment, command: str, code: int, says
 
 @pytest.mark.slow  # half a minute
 def test_i08_every_command_with_a_worker(deployment: Deployment) -> None:
-    """The commands that need a schema or a worker, and the worker; what is no terminal gets plain lines."""
+    """The same for the commands that need a schema or a worker, and for the worker. Without a terminal: plain lines."""
     deployment.env["BIFROST_ALEMBIC_CONFIG"] = "builtin"
     with terminal(deployment, "worker", NO_COLOR="1") as worker:
         wait_until(lambda: "ready." in worker.shown, "the worker", END_TIMEOUT)

@@ -1,4 +1,4 @@
-"""I8: logs as lines of text or JSON, the verdict last, and a termination message for Kubernetes."""
+"""I8: log lines as text or JSON, the verdict last, and a termination message for Kubernetes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from tests.setups.stack import Deployment
 
 
 def test_i08_json_lines_from_both_sides(deployment: Deployment) -> None:
-    """With JSON logs every line of init and worker is an object, progress too, and init's last one is the verdict."""
+    """With JSON logs, every line of init and worker is an object, also progress. The last line of init is the
+    verdict.
+    """
     message = deployment.folder / "termination"
     deployment.env = {"BIFROST_LOG_FORMAT": "json", "BIFROST_TERMINATION_LOG": str(message)}
     deployment.hold("warming")
@@ -31,7 +33,7 @@ def test_i08_json_lines_from_both_sides(deployment: Deployment) -> None:
 
 
 def test_i08_the_verdict_of_a_failure(deployment: Deployment) -> None:
-    """A failure has its verdict in the last lines and in the termination message, with what to do."""
+    """A failure is in the last line and in the termination message, with what to do."""
     message = deployment.folder / "termination"
     deployment.env = {"BIFROST_TERMINATION_LOG": str(message)}
     done = deployment.start_init(timeout="4s").wait()

@@ -1,4 +1,6 @@
-"""I9: a worker looks alive through an outage of the broker, or its orchestrator would kill it; a hung one does not."""
+"""I9: a worker is healthy during an outage of the broker, so no orchestrator kills it. A hung worker is unhealthy.
+not.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def health(deployment: Deployment) -> Path:
 
 @pytest.fixture
 def outage(deployment: Deployment) -> Iterator[None]:
-    """The broker is away until the test ends, where it does not start it before."""
+    """RabbitMQ is down until the end of the test, or until the test starts it."""
     yield
     deployment.stack.rabbitmq.start()
 
@@ -40,8 +42,8 @@ def assert_lives(health: Path) -> None:
         wait_until(health.exists, "a sign of life", SIGN_TIMEOUT)
 
 
-def test_i09_a_sign_of_life_while_the_broker_is_away(deployment: Deployment, health: Path) -> None:
-    """The worker's own loop stands still while it reconnects; a task is at work."""
+def test_i09_busy_worker_is_healthy_without_its_broker(deployment: Deployment, health: Path) -> None:
+    """The event loop of the worker stands still while it reconnects. A task runs."""
     deployment.hold("migrating")
     worker = deployment.start_worker()
     init = deployment.start_init()
@@ -59,8 +61,8 @@ def test_i09_a_sign_of_life_while_the_broker_is_away(deployment: Deployment, hea
     assert deployment.cache() == COMPLETE
 
 
-def test_i09_an_idle_worker_lives_while_the_broker_is_away(deployment: Deployment, health: Path, outage: None) -> None:
-    """Nothing is at work, and the loop stands still."""
+def test_i09_idle_worker_is_healthy_without_its_broker(deployment: Deployment, health: Path, outage: None) -> None:
+    """The event loop of the worker stands still while it reconnects. No task runs."""
     worker = deployment.start_worker()
     deployment.stack.rabbitmq.kill()
     worker.wait_for("(?i)connection refused|cannot connect")
@@ -68,8 +70,10 @@ def test_i09_an_idle_worker_lives_while_the_broker_is_away(deployment: Deploymen
     assert worker.running
 
 
-def test_i09_a_worker_lives_that_starts_before_its_broker(deployment: Deployment, health: Path, outage: None) -> None:
-    """It waits for its broker before there is any loop, for as long as BIFROST_INIT_TIMEOUT says."""
+def test_i09_worker_that_starts_before_its_broker_is_healthy(
+    deployment: Deployment, health: Path, outage: None
+) -> None:
+    """The worker waits for its broker for BIFROST_INIT_TIMEOUT, before its event loop starts."""
     deployment.stack.rabbitmq.kill()
     environment = deployment.environment(deployment.stack.worker_lines)
     command = [sys.executable, "-m", "bifrost_bootstrap", "worker"]
@@ -79,8 +83,8 @@ def test_i09_a_worker_lives_that_starts_before_its_broker(deployment: Deployment
     assert worker.running
 
 
-def test_i09_a_worker_that_hangs_looks_dead(deployment: Deployment, health: Path) -> None:
-    """Connected, and its loop comes round no more: the file grows old, although the process has other threads."""
+def test_i09_hung_worker_is_unhealthy(deployment: Deployment, health: Path) -> None:
+    """The event loop hangs while the connection is open: the health file gets old, although other threads run."""
     deployment.start_worker()
     assert_lives(health)
     deployment.hold("loop")

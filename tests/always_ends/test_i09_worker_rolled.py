@@ -1,4 +1,4 @@
-"""I9: a worker that is told to stop in the middle of a migration."""
+"""I9: a worker that gets SIGTERM during a migration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def wait_for_renewals(deployment: Deployment) -> None:
 
 
 def test_i09_the_revision_ends_and_nothing_new_begins(deployment: Deployment) -> None:
-    """After SIGTERM the running revision ends and is recorded; warm is left to the next worker; init exits 0."""
+    """The running revision ends and is recorded. The next worker runs the warm, and init exits 0."""
     deployment.hold("migrating")
     worker = deployment.start_worker()
     init = deployment.start_init()
@@ -53,7 +53,7 @@ def test_i09_the_revision_ends_and_nothing_new_begins(deployment: Deployment) ->
 
 
 def test_i09_init_waits_for_a_revision_that_outlives_the_heartbeat(deployment: Deployment) -> None:
-    """However long the last revision of a stopping worker takes, init does not take it for lost."""
+    """Init does not treat the last revision of a stopping worker as lost, however long it takes."""
     deployment.hold("migrating")
     worker = deployment.start_worker()
     init = deployment.start_init()
@@ -70,8 +70,8 @@ def test_i09_init_waits_for_a_revision_that_outlives_the_heartbeat(deployment: D
 
 
 @pytest.mark.slow  # 20 s
-def test_i09_past_its_grace(deployment: Deployment) -> None:
-    """A worker that is killed after its grace has its statement cancelled in the server, and nothing is recorded."""
+def test_i09_worker_killed_after_its_grace_period(deployment: Deployment) -> None:
+    """If the worker is killed after its grace period, its statement is cancelled and nothing is recorded."""
     deployment.hold("migrating")
     worker = deployment.start_worker()
     init = deployment.start_init()

@@ -1,4 +1,4 @@
-"""I10: a lost RabbitMQ node, and a queue that is declared otherwise; `make test-clusters` loses every node."""
+"""I10: a lost RabbitMQ node, and a queue with other arguments. `make test-clusters` loses every node in every phase."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OTHERWISE = "inequivalent arg 'x-queue-type'"
 
 @pytest.mark.parametrize("cell", SHORT, ids=str)
 def test_i10_lost_node(cluster_deployment: ClusterDeployment, cell: ClusterCell) -> None:
-    """Init ends 0 within a minute while the node stays lost, and the worker lives."""
+    """Init exits 0 within a minute although the node stays lost, and the worker lives."""
     run_cell(cluster_deployment, cell)
 
 
@@ -30,11 +30,10 @@ def declare_as_we_do(url: str, queue: str) -> None:
 
 
 @pytest.mark.slow  # half a minute: RabbitMQ is asked for 10 s, and deletes after 5
-def test_i10_killed_as_a_queue_is_declared(deployment: Deployment) -> None:
-    """
-    A single node that is killed at once after the first declaration of a queue is of use again, by itself.
+def test_i10_node_killed_right_after_a_declaration(deployment: Deployment) -> None:
+    """A single node that is killed right after the first declaration of a queue works again without help.
 
-    RabbitMQ 3.10 comes back with a queue that has no leader; what it says of it is that it is empty.
+    RabbitMQ 3.10 restarts with a queue without a leader, and reports this queue as empty.
     """
     declare_as_we_do(deployment.stack.rabbitmq.url(deployment.vhost), deployment.queue)
     deployment.stack.rabbitmq.kill()
@@ -54,8 +53,8 @@ def declare_classic(url: str, queue: str) -> None:
 
 @pytest.mark.slow  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize("command", ["worker", "init"])
-def test_i10_queue_declared_otherwise(deployment: Deployment, run_bootstrap: RunBootstrap, command: str) -> None:
-    """A classic queue where ours is to be ends worker and init with 78 and the broker's words."""
+def test_i10_queue_of_another_type_is_78(deployment: Deployment, run_bootstrap: RunBootstrap, command: str) -> None:
+    """If a classic queue has the name of ours, worker and init end with 78 and the error of the broker."""
     queue = {"worker": QUEUE, "init": deployment.queue}[command]
     declare_classic(deployment.stack.rabbitmq.url(deployment.vhost), queue)
     done = run_bootstrap(command, env=deployment.environment(deployment.stack.init_lines), timeout=60)
@@ -67,7 +66,7 @@ def test_i10_queue_declared_otherwise(deployment: Deployment, run_bootstrap: Run
 def test_i10_init_beside_an_old_queue_of_calls(
     rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """An init with a worker of its own does not touch the queue of calls by hand, and leaves no such queue behind."""
+    """`init --with-worker` does not use the queue of `celery call`, and does not declare it."""
     declare_classic(rabbitmq_url, QUEUE)
     done = run_bootstrap("init", "--with-worker", env=bifrost_env)
     assert done.returncode == 0, done.stderr

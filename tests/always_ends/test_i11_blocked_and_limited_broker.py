@@ -1,4 +1,4 @@
-"""I11: a broker that takes no messages, or is at a limit, is named in the last line within the deadline, with 69."""
+"""I11: a broker that blocks publishers, or is at a limit, is named in the last line before the deadline, with 69."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_i11_blocked_publishers(
     run_folder: RunFolder, start_server: StartServer, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str],
     alarm: str,
 ) -> None:  # fmt: skip
-    """Nothing of ours waits in the broker when the alarm ends, and then init works."""
+    """When the alarm ends, the broker holds no message of ours, and init succeeds."""
     server = start_server(RabbitmqServer(run_folder))
     raise_alarm, end_alarm = {
         "memory": ("vm_memory_monitor:set_vm_memory_high_watermark(0.0)",
@@ -69,7 +69,7 @@ def limited(rabbitmq: Rabbitmq, vhost: str, name: str, value: int) -> Iterator[N
 def test_i11_limit_of_connections(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], connections: int
 ) -> None:
-    """However many connections are free, it is 69 with RabbitMQ's words, or 0 where they suffice."""
+    """With any number of free connections: 69 with RabbitMQ's error, or 0 if they suffice."""
     with limited(rabbitmq, vhost_of(rabbitmq_url), "max-connections", connections):
         done = run_bootstrap("init", "--with-worker", "--json", f"--timeout={DEADLINE}s", env=bifrost_env)
     told = json.loads(done.stdout)
@@ -80,7 +80,7 @@ def test_i11_limit_of_connections(
 def test_i11_limit_of_queues(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """No queue may be declared."""
+    """A virtual host in which no queue can be declared ends with 69."""
     with limited(rabbitmq, vhost_of(rabbitmq_url), "max-queues", 0):
         assert_unavailable(run_bootstrap, bifrost_env, "queue limit")
 
@@ -89,7 +89,7 @@ def test_i11_limit_of_queues(
 def test_i11_policy_that_rejects_messages(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """max-length 0 with reject-publish: a quorum queue takes one message beyond its length, and no more."""
+    """max-length 0 with reject-publish: a quorum queue accepts one message more than its length."""
     assert isinstance(rabbitmq, RabbitmqServer)
     policy = '[{<<"max-length">>, 0}, {<<"overflow">>, <<"reject-publish">>}]'
     vhost = vhost_of(rabbitmq_url)

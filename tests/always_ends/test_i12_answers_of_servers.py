@@ -1,4 +1,4 @@
-"""I12: what a server answers ends in its own words and code, and never as a bug of ours."""
+"""I12: an error of a server ends with its own text and exit code, never with 70."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def told(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
 def test_i12_redis_without_client(
     run_folder: RunFolder, start_server: StartServer, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """Proxies, and servers that have renamed CLIENT: nothing of ours needs it."""
+    """Some proxies and servers have no CLIENT command. We do not need it."""
     server = start_server(RedisServer(run_folder, {"rename-command": 'CLIENT ""'}))
     done = run_bootstrap("init", "--with-worker", env=bifrost_env | {"BIFROST_REDIS_URL": server.url(0)})
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_i12_redis_without_client(
 def test_i12_redis_that_is_busy(
     run_folder: RunFolder, start_server: StartServer, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """A long script of somebody else's passes, as LOADING does."""
+    """Redis that runs a long script is retried, like one that still loads its data."""
     server = start_server(RedisServer(run_folder, {"lua-time-limit": "200"}))
     client = redis.Redis.from_url(server.url(0), socket_timeout=30)
     with client:
@@ -68,7 +68,7 @@ def test_i12_redis_without_that_database(
     path: str,
     words: str,
 ) -> None:
-    """A database that is not there is a matter of the URL."""
+    """A Redis database number that does not exist is a configuration error."""
     server = start_server(RedisServer(run_folder, {"databases": "16"}))
     url = server.url(0).rpartition("/")[0] + "/" + path
     code, message = told(run_bootstrap("check", "--json", env=bifrost_env | {"BIFROST_REDIS_URL": url}))
@@ -86,7 +86,9 @@ def as_superuser(database: Database, statement: str) -> None:
 
 
 def test_i12_no_right_to_connect(database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
-    """The first line of what PostgreSQL says, and not its DETAIL; a right is no absence."""
+    """The message has the first line of PostgreSQL's error without its DETAIL. A missing right is not an
+    unavailable server.
+    """
     as_superuser(database, "CREATE ROLE nobody_here LOGIN PASSWORD 'a-long-password'")
     try:
         as_superuser(database, f'REVOKE CONNECT ON DATABASE "{database.name}" FROM PUBLIC')
@@ -100,7 +102,7 @@ def test_i12_no_right_to_connect(database: Database, run_bootstrap: RunBootstrap
 def test_i12_statement_timeout_of_the_role(
     database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """A role's limit for statements is not meant for a warm."""
+    """The warm ignores the statement_timeout of the role."""
     assert run_bootstrap("init", "--with-worker", env=bifrost_env).returncode == 0
     database.execute(
         "INSERT INTO workspace_files (path, content, content_hash, entity_type)"
@@ -113,7 +115,7 @@ def test_i12_statement_timeout_of_the_role(
 
 @pytest.mark.slow  # half a minute: the patience with a refusal
 def test_i12_row_level_security(database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
-    """Rows that a policy hides are not taken for rows that are not there."""
+    """Rows that a policy hides are not treated as missing rows."""
     assert run_bootstrap("init", "--with-worker", env=bifrost_env).returncode == 0
     database.execute(
         "INSERT INTO workspace_files (path, content, content_hash, entity_type) VALUES ('m.py', 'x', NULL, 'module')"
@@ -126,7 +128,7 @@ def test_i12_row_level_security(database: Database, run_bootstrap: RunBootstrap,
 def test_i12_row_in_another_encoding(
     database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """A database that takes any bytes, and a module in Latin-1: its path is named."""
+    """In a database with encoding SQL_ASCII, a module in Latin-1 is an error that names its path."""
     name = f"{database.name}_ascii"
     as_superuser(
         database,
@@ -168,7 +170,7 @@ def permissions(rabbitmq: Rabbitmq, vhost: str, configure: str, write: str, read
 def test_i12_user_without_write(
     rabbitmq: Rabbitmq, rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """RabbitMQ's 403 is the last line, with 78."""
+    """The last line has RabbitMQ's 403. The exit code is 78."""
     with permissions(rabbitmq, vhost_of(rabbitmq_url), ".*", "^$", ".*"):
         code, message = told(run_bootstrap("init", "--with-worker", "--json", env=bifrost_env))
     assert code == 78, message
@@ -179,7 +181,7 @@ def test_i12_user_without_write(
 def test_i12_queue_with_other_arguments(
     rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """A queue of that name that is there already: the worker ends with 78 and RabbitMQ's words."""
+    """If the queue exists with other arguments, the worker ends with 78 and RabbitMQ's error."""
     with kombu.Connection(rabbitmq_url) as connection:
         kombu.Queue("bifrost.bootstrap", durable=True, queue_arguments={"x-max-length": 5})(
             connection.default_channel
@@ -193,7 +195,7 @@ def test_i12_queue_with_other_arguments(
 def test_i12_time_limit_of_a_worker(
     run_bootstrap: RunBootstrap, start_command: StartCommand, bifrost_env: dict[str, str], tmp_path: Path, option: str
 ) -> None:
-    """A worker with a limit of its own is named as that."""
+    """The error names the time limit of the worker."""
     tree = Tree(tmp_path / "tree").revision("one", 'op.execute("SELECT pg_sleep(20)")')
     env = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree.config)}
     celery = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "worker", option]

@@ -1,4 +1,4 @@
-"""M8: a failed revision is reported with what an operator needs, and nothing else."""
+"""M8: the report of a failed revision has what an operator needs, and no more."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_m08_failure_report(
     kind: Literal["plain", "asynchronous"],
     kept: list[str],
 ) -> None:
-    """Revision, title, statement, the server's message and hint, and what stays applied (nothing, where the tree runs
-    all in one transaction): one error, exit code 1, no traceback, no password.
+    """The report has revision, title, statement, message and hint of the server, and what stays applied
+    (nothing, if the tree runs in one transaction). Exit code 1, no traceback, no password.
     """
     tree = (
         Tree(tmp_path / kind, kind)
@@ -66,8 +66,8 @@ def test_m08_failure_at_commit(
     kind: Literal["plain", "asynchronous"],
     kept: list[str],
 ) -> None:
-    """What only the commit finds, a deferred constraint, is the failure of the revision that it would have committed
-    last, which nobody is told is applied.
+    """A deferred constraint fails at COMMIT: the last revision of the transaction has failed, and is not
+    reported as applied.
     """
     tree = Tree(tmp_path / kind, kind).revision("one").revision("two", DEFERRED)
     done = outcome(start_migrate(BIFROST_ALEMBIC_CONFIG=str(tree.config)))
@@ -89,7 +89,9 @@ def test_m08_failure_at_commit(
     ids=["connection", "timeout", "another database"],
 )  # fmt: skip
 def test_m08_own_call_of_a_revision(tree: Tree, start_migrate: StartMigrate, body: str, message: str) -> None:
-    """A revision whose own call of another service fails is a revision that failed, not a PostgreSQL that is away."""
+    """If a revision calls another service and that fails, the revision has failed; PostgreSQL is not reported
+    as down.
+    """
     tree.revision("one", body)
     done = outcome(start_migrate())
     assert (done.code, done.facts["error"]) == (1, "MigrationError")
@@ -98,7 +100,7 @@ def test_m08_own_call_of_a_revision(tree: Tree, start_migrate: StartMigrate, bod
 
 
 def test_m08_failure_after_the_last_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """What env.py does after its revisions is no failure of the last one, which is applied."""
+    """If env.py fails after its revisions, the last revision is reported as applied."""
     tree.revision("one")
     env = tree.folder / "env.py"
     env.write_text(env.read_text() + "\nraise RuntimeError('no mail was sent')\n")
@@ -111,7 +113,9 @@ def test_m08_failure_after_the_last_revision(database: Database, tree: Tree, sta
 
 
 def test_m08_process_that_dies_every_time(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A tree's process that ends without a word is tried three times, not until the deadline: 1, with its code."""
+    """If the process of the tree exits silently, it is tried three times. Then the exit code is 1, with that
+    of the process.
+    """
     tree.revision("one").revision("two", "import signal; os.kill(os.getpid(), signal.SIGSEGV)")
     done = outcome(start_migrate(deadline=600))
     assert (done.code, done.facts["error"]) == (1, "MigrateGivenUpError")
@@ -123,14 +127,14 @@ def test_m08_process_that_dies_every_time(database: Database, tree: Tree, start_
 @pytest.mark.timeout(120)
 @pytest.mark.slow  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize(("kind", "wrong"), [("plain", "password"), ("asynchronous", "database")])
-def test_m08_own_url_of_env_py_is_refused(
+def test_m08_rejected_login_of_env_py(
     database: Database,
     start_migrate: StartMigrate,
     tmp_path: Path,
     kind: Literal["plain", "asynchronous"],
     wrong: str,
 ) -> None:
-    """A login of env.py that is refused may become right for 30 seconds, and is configuration after that: 78."""
+    """A rejected login of env.py is retried for 30 s. Then it is a configuration error: 78."""
     tree = Tree(tmp_path / kind, kind).revision("one")
     for file in tree.folder.glob("*.py"):
         file.write_text(file.read_text().replace('os.environ["DATABASE_URL"]', 'os.environ["OWN_URL"]'))
@@ -149,7 +153,7 @@ def test_m08_own_url_of_env_py_is_refused(
 def test_m08_login_that_comes_later(
     postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """A role for migrations that the server's first start has not made yet is tried again, and then migrates."""
+    """If the server creates the migration role later, the login is retried and the migration succeeds."""
     tree.revision("one")
     parts = urlsplit(database.url)
     role, password = f"late_{database.name}", unquote(parts.password or "")
@@ -168,7 +172,7 @@ def test_m08_login_that_comes_later(
 
 
 def test_m08_applied_counts_earlier_attempts(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """What an attempt committed before it had to be repeated is reported with what the next one applied."""
+    """The report counts the revisions of earlier attempts too."""
     once = (
         "import pathlib; flag = pathlib.Path(__file__).with_suffix('.flag'); seen = flag.exists(); flag.touch()\n"
         "    if not seen: op.execute(\"DO $$ BEGIN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END $$\")"

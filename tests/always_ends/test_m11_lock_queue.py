@@ -1,4 +1,6 @@
-"""M11: a revision that waits for a table lock lets the site go on, and says who is in the way."""
+"""M11: a revision that waits for a table lock does not block the site, and the error names the blocking session.
+lock.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ def prepare(database: Database, tree: Tree, start_migrate: StartMigrate, body: s
     tree.revision("two", body)
 
 
-def test_m11_busy_names_who_is_in_the_way(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A session keeps the table until the deadline: 75, with its pid, user and application, and nothing is changed."""
+def test_m11_busy_names_the_blocking_session(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
+    """A session locks the table until the deadline: exit 75 with its PID, user and application, and no change."""
     prepare(database, tree, start_migrate, ALTER)
     with database.connect() as report:
         report.execute("SET application_name = 'quarterly report'")
@@ -52,11 +54,11 @@ def test_m11_busy_names_who_is_in_the_way(database: Database, tree: Tree, start_
     assert recorded(database) == ["one"]
 
 
-def test_m11_site_goes_on_and_the_revision_is_tried_again(
+def test_m11_readers_continue_and_the_revision_is_retried(
     database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """A reader that queues behind our ALTER gets through while the session in the way is still there; once that has
-    gone, the revision is applied.
+    """A reader behind our ALTER continues while the other session still holds its lock. Later the revision is
+    applied.
     """
     prepare(database, tree, start_migrate, ALTER)
     with database.connect() as report, database.connect() as reader:
@@ -71,10 +73,10 @@ def test_m11_site_goes_on_and_the_revision_is_tried_again(
     assert (done.code, done.applied, applied(database)) == (0, ["two"], {"one": 1, "two": 1})
 
 
-def test_m11_busy_names_who_is_in_the_way_behind_a_pool_of_two(
+def test_m11_busy_names_the_blocking_session_behind_a_pool_of_two(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
 ) -> None:
-    """Where lock and runner have all connections of the pool, the 75 names the session in the way all the same."""
+    """If lock and runner use all connections of the pool, the error names the blocking session all the same."""
     prepare(database, tree, start_migrate, ALTER)
     pool = start_pool(2)
     with database.connect() as report:
@@ -88,7 +90,7 @@ def test_m11_busy_names_who_is_in_the_way_behind_a_pool_of_two(
 
 
 def test_m11_concurrent_build_has_no_lock_timeout(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A concurrent build waits for a writer much longer than the lock timeout, and leaves a valid index."""
+    """A concurrent index build waits longer than the lock timeout for a writer, and its index is valid."""
     prepare(database, tree, start_migrate, concurrent_index("ix_two"))
     with database.connect() as writer:
         writer.execute("BEGIN; INSERT INTO applied (revision) VALUES ('open')")
@@ -106,8 +108,9 @@ def test_m11_concurrent_build_has_no_lock_timeout(database: Database, tree: Tree
 def test_m11_deadline_ends_a_build_that_waits(
     request: pytest.FixtureRequest, database: Database, tree: Tree, start_migrate: StartMigrate, pool_size: int
 ) -> None:
-    """A concurrent build that waits for a writer past the deadline ends in 75, names it, and is gone from the server,
-    also where lock and runner have all connections of a pool; the next run heals what it left.
+    """If a concurrent index build still waits at the deadline, it ends with 75, names the writer, and is
+    cancelled in the server, also if lock and runner use all connections of a pool. The next run repairs the
+    index.
     """
     prepare(database, tree, start_migrate, concurrent_index("ix_two"))
     url = request.getfixturevalue("start_pool")(pool_size).url(database.name) if pool_size else database.url
@@ -124,8 +127,10 @@ def test_m11_deadline_ends_a_build_that_waits(
     assert index_states(database) == {"ix_two": True}
 
 
-def test_m11_deadline_spares_what_works(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A revision past the deadline that waits for locks again and again, and gets each of them soon, goes on."""
+def test_m11_deadline_does_not_cancel_a_working_revision(
+    database: Database, tree: Tree, start_migrate: StartMigrate
+) -> None:
+    """After the deadline, a revision that waits only shortly for each of many locks continues."""
     stops = range(1, 5)
     prepare(database, tree, start_migrate, "\n    ".join(barrier(number) for number in stops))
     with contextlib.ExitStack() as barriers:

@@ -1,4 +1,4 @@
-"""M19: a tree that fails before its first revision is a matter of configuration, told with names."""
+"""M19: a tree that fails before its first revision is a configuration error with names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def begin_with(tree: Tree, code: str) -> None:
 
 
 def test_m19_settings_class(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """All missing and malformed fields are named; once they are set, the same tree migrates."""
+    """The error names all missing and invalid fields. With correct values the same tree migrates."""
     begin_with(tree, SETTINGS_CLASS)
     failed = outcome(start_migrate(POOL_SIZE="many"))
     assert (failed.code, failed.facts["error"]) == (78, "TreeError")
@@ -49,7 +49,7 @@ def test_m19_settings_class(database: Database, tree: Tree, start_migrate: Start
     ],
 )
 def test_m19_class_and_place(tree: Tree, start_migrate: StartMigrate, code: str, words: str) -> None:
-    """Class and message of what env.py raised, and the line in it."""
+    """The error has class and message of the exception in env.py, and the line."""
     begin_with(tree, code)
     failed = outcome(start_migrate())
     assert failed.code == 78
@@ -58,7 +58,7 @@ def test_m19_class_and_place(tree: Tree, start_migrate: StartMigrate, code: str,
 
 
 def test_m19_revision_that_has_begun(tree: Tree, start_migrate: StartMigrate) -> None:
-    """The same error in a revision is that revision's, with class and place."""
+    """The same exception in a revision is reported as a failed revision, with class and line."""
     tree.revision("one", "{}['tenant']")
     failed = outcome(start_migrate())
     assert failed.code == 1
@@ -67,7 +67,7 @@ def test_m19_revision_that_has_begun(tree: Tree, start_migrate: StartMigrate) ->
 
 
 def test_m19_error_that_env_py_catches(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A revision's error that env.py swallows is told as that revision's."""
+    """If env.py swallows the error of a revision, it is reported as that revision's error."""
     tree.revision("one").revision("two", "raise ValueError('the second')")
     env = tree.folder / "env.py"
     env.write_text(
@@ -83,7 +83,7 @@ def test_m19_error_that_env_py_catches(database: Database, tree: Tree, start_mig
 
 
 def test_m19_commit_in_a_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A revision that commits on the connection itself runs and is not recorded: it is named, and how that came."""
+    """A revision that commits on its connection is not recorded. The error names the revision and the reason."""
     tree.revision("one").revision("two", "op.get_bind().commit()")
     failed = outcome(start_migrate())
     assert failed.code == 1

@@ -1,4 +1,4 @@
-"""The worker as a process: how it ends."""
+"""How the worker process ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tests.conftest import RunBootstrap, StartWorker
 
 @pytest.mark.slow  # half a minute each: the patience with a refusal
 @pytest.mark.parametrize("change", ["password", "vhost"])
-def test_worker_that_the_broker_refuses(change: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
-    """A worker that RabbitMQ does not let in ends with 78 and the broker's words, not with 0."""
+def test_worker_rejected_by_the_broker_is_78(
+    change: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
+) -> None:
+    """A worker that RabbitMQ rejects ends with 78 and the error of RabbitMQ."""
     url = urlsplit(bifrost_env["BIFROST_RABBITMQ_URL"])
     if change == "password":
         wrong = url._replace(netloc=f"bifrost:another-word@{url.netloc.rpartition('@')[2]}")
@@ -28,7 +30,7 @@ def test_worker_that_the_broker_refuses(change: str, run_bootstrap: RunBootstrap
 
 
 def test_worker_without_its_tree(run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], tmp_path: Path) -> None:
-    """A tree that is not there ends the worker as it ends a command: 78, a last line, a termination message."""
+    """A missing tree ends the worker like a command: 78, a verdict, a termination message."""
     words = tmp_path / "termination-log"
     env = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": "/absent/alembic.ini", "BIFROST_TERMINATION_LOG": str(words)}
     done = run_bootstrap("worker", env=env)
@@ -38,8 +40,8 @@ def test_worker_without_its_tree(run_bootstrap: RunBootstrap, bifrost_env: dict[
     assert json.loads(words.read_text())["verdict"] == "configuration"
 
 
-def test_worker_that_is_told_to_stop(start_worker: StartWorker, bifrost_env: dict[str, str], tmp_path: Path) -> None:
-    """SIGTERM is how a worker ends: 0, and the verdict does not say that anything was ready."""
+def test_stopped_worker_exits_0(start_worker: StartWorker, bifrost_env: dict[str, str], tmp_path: Path) -> None:
+    """After SIGTERM the worker exits 0, and its verdict does not say `ready`."""
     words = tmp_path / "termination-log"
     done = start_worker(env=bifrost_env | {"BIFROST_TERMINATION_LOG": str(words)}).terminate()
     assert done.returncode == 0

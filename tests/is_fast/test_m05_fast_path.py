@@ -1,4 +1,4 @@
-"""M5: at head, an init reads and does nothing else, however many of them there are."""
+"""M5: with the schema at head, init only reads, with any number of replicas."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_m05_at_head_nothing_but_reads(  # noqa: PLR0917  (fixtures)
     run_bootstrap: RunBootstrap,
     start_command: StartCommand,
 ) -> None:
-    """Twenty inits at head, by the server's own log: no lock, no DDL, no write, the version read twice each; and
-    the tree's interpreter is not started.
+    """Twenty inits at head. The log of PostgreSQL shows no lock, no DDL, no write, and two reads of the
+    version per init; the interpreter of the tree is not started.
     """
     server = start_server(PostgresServer(run_folder, {"log_statement": "all", "log_line_prefix": "<%a> "}))
     database = server.create_database()

@@ -1,4 +1,4 @@
-"""W5: memory does not grow with the modules, and Redis is blocked for what changes only."""
+"""W5: memory does not grow with the number of modules, and Redis is blocked only for changed entries."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def peak(store: ModuleStore, *arguments: str) -> float:
 
 @pytest.mark.slow  # half a minute of a processor
 def test_w05_memory_of_100000_modules(store: ModuleStore) -> None:
-    """A first fill of 100,000 modules, and a full warm of all of them, take at most 64 MB more than of 1,000."""
+    """A first fill and a full warm of 100,000 modules use at most 64 MB more than those of 1,000."""
     fill(store, 1000)
     first, full = peak(store), peak(store, "full")
     fill(store, 100_000)
@@ -80,7 +80,7 @@ def test_w05_memory_of_100000_modules(store: ModuleStore) -> None:
 
 
 def test_w05_one_image_of_the_cache_at_a_time(store: ModuleStore) -> None:
-    """A pass whose proof fails has let go of what it knew when it reads the cache anew."""
+    """If the proof of a pass fails, its data are freed before the next pass reads the cache."""
     store.put({"a.py": "x"})
 
     def alive() -> list[object]:
@@ -111,7 +111,7 @@ def calls(store: ModuleStore) -> dict[str, int]:
 def test_w05_only_changed_entries_are_switched(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis
 ) -> None:
-    """With 5 of 1,000 modules changed the switch touches 5 entries, whatever else it leaves alone."""
+    """If 5 of 1,000 modules changed, the switch touches 5 entries."""
     store = make_store(start_server(RedisServer(run_folder)).url())
     fill(store, 1000)
     store.warm()
@@ -123,10 +123,8 @@ def test_w05_only_changed_entries_are_switched(
     assert (seen["rename"], seen["persist"]) == (6, 6)
 
 
-def test_w05_switch_blocks_redis_no_longer_than_its_work_takes(
-    make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis
-) -> None:
-    """By Redis' own slow log the switch of 10,000 entries takes no more than five times the commands alone would."""
+def test_w05_switch_time_in_redis(make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis) -> None:
+    """In the slow log of Redis, the switch of 10,000 entries takes at most five times as long as its commands alone."""
     store = make_store(start_server(RedisServer(run_folder, {"slowlog-log-slower-than": "1000"})).url())
     client = store.client
     fill(store, 10_000)
@@ -157,10 +155,10 @@ def test_w05_switch_blocks_redis_no_longer_than_its_work_takes(
     assert switch <= 5 * alone
 
 
-def test_w05_long_switch_is_told_before(
+def test_w05_warning_before_a_long_switch(
     store: ModuleStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A switch that would block Redis for more than a second is warned about before, with its size."""
+    """Before a switch that blocks Redis for more than a second, a warning has its size."""
     assert 50_000 * warm_step.SWITCH_SECONDS < warm_step.LONG_SWITCH < 100_000 * warm_step.SWITCH_SECONDS, (
         "measured: 0.7 s and 1.4 s"
     )

@@ -16,7 +16,9 @@ MODULES, SIZE = 200, 20_000
 def test_w06_nothing_changed_reads_and_writes_no_content(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartServer
 ) -> None:
-    """By PostgreSQL's log and Redis' counters: a second warm reads no content, one of 200 changed reads that one."""
+    """In the log of PostgreSQL and the counters of Redis, a second warm reads no content, and with 1 of 200
+    changed only that one.
+    """
     postgres = PostgresServer(run_folder, {"log_statement": "all"})
     redis = RedisServer(run_folder)
     start_server(postgres)
@@ -61,7 +63,7 @@ def test_w06_nothing_changed_reads_and_writes_no_content(
 
 
 def test_w06_cache_is_read_once(make_store: MakeStore, run_folder: RunFolder, start_server: StartServer) -> None:
-    """The comparison that proves a switch hears by digests whether the cache is as it was left: no tail comes again."""
+    """The comparison after the switch reads digests from Redis, and does not read the fingerprints again."""
     redis = RedisServer(run_folder)
     start_server(redis)
     store = make_store(redis.url())

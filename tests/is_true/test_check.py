@@ -1,4 +1,4 @@
-"""`check`: ready or not, and what is missing; it waits where it is told to."""
+"""`check`: ready or not, what is missing, and `--wait`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.setups.state import MODULES, insert_modules
 def test_check_waits_for_a_database_that_is_not_there_yet(
     start_command: StartCommand, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], database: Database
 ) -> None:
-    """Started before the database exists, as beside an image in its first start, it ends with 0 after the init."""
+    """`check --wait` that starts before the database exists exits 0 after the init."""
     database.server.drop_database(database)
     check = start_command([*BOOTSTRAP, "check", "--wait", "50s"], env=bifrost_env)
     check.wait_for(f'not ready: .* rejected the connection: .*"{database.name}" does not exist')
@@ -31,14 +31,14 @@ def test_check_waits_for_a_database_that_is_not_there_yet(
 
 
 def test_check_that_waits_is_ended_by_a_signal(start_command: StartCommand, bifrost_env: dict[str, str]) -> None:
-    """SIGTERM: 143, as for any Pod that is deleted while it waits."""
+    """SIGTERM ends `check --wait` with 143."""
     check = start_command([*BOOTSTRAP, "check", "--wait", "5m"], env=bifrost_env)
     check.wait_for("not ready: schema is empty")
     assert check.terminate(10).returncode == 143
 
 
 def test_check_of_a_table_that_is_gone(run_bootstrap: RunBootstrap, database: Database) -> None:
-    """At head, and no table to compare with: not ready (3), and it says why."""
+    """If the schema is at head and the table is missing, the result is not ready (3), with the reason."""
     assert run_bootstrap("init", "--with-worker").returncode == 0
     database.execute("DROP TABLE workspace_files")
     done = run_bootstrap("check", "--json")
@@ -51,7 +51,7 @@ def test_check_of_a_table_that_is_gone(run_bootstrap: RunBootstrap, database: Da
 
 
 def test_check_beside_a_live_api(run_bootstrap: RunBootstrap, database: Database, redis_url: str) -> None:
-    """An entry that the API has written is right, whatever it has to live: ready; an init would still see to that."""
+    """An entry of the API with another TTL does not make `check` fail. An init would still update the TTL."""
     assert run_bootstrap("init", "--with-worker").returncode == 0
     insert_modules(database, MODULES)
     assert run_bootstrap("init", "--with-worker").returncode == 0
@@ -64,14 +64,14 @@ def test_check_beside_a_live_api(run_bootstrap: RunBootstrap, database: Database
         assert client.ttl("bifrost:module:acceptance_demo/answer.py") == -1
 
 
-def test_check_shows_what_stands_around(
+def test_check_shows_diagnostics(
     run_bootstrap: RunBootstrap,
     bifrost_env: dict[str, str],
     database: Database,
     run_folder: RunFolder,
     start_server: StartServer,
 ) -> None:
-    """A Redis that may evict, and an index that an interrupted build has left, with the statement that repairs it."""
+    """`check` shows a Redis that may evict entries, and an INVALID index with the statement that repairs it."""
     server = start_server(RedisServer(run_folder, {"maxmemory": "100000000", "maxmemory-policy": "allkeys-lru"}))
     env = bifrost_env | {"BIFROST_REDIS_URL": server.url()}
     assert run_bootstrap("init", "--with-worker", env=env).returncode == 0
@@ -87,7 +87,7 @@ def test_check_shows_what_stands_around(
 def test_check_needs_no_broker(
     bootstrap_worker: Command, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
-    """A broker's URL that is malformed or cannot be read is told beside the result, and is no fault of the check."""
+    """A malformed RabbitMQ URL is reported beside the result and does not change the result."""
     assert run_bootstrap("init").returncode == 0
     rest = {name: value for name, value in bifrost_env.items() if name != "BIFROST_RABBITMQ_URL"}
     for faulty in ({"BIFROST_RABBITMQ_URL": "mysql://h"}, {"BIFROST_RABBITMQ_URL_FILE": "/absent"}):

@@ -1,4 +1,4 @@
-"""A tree of somebody else, unmodified: asynchronous, with its own settings, its own logging and relative paths."""
+"""A foreign tree, unmodified: asynchronous, with its own settings, its own logging and relative paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_foreign_tree_with_a_standing_worker(
     database: Database,
     redis_url: str,
 ) -> None:
-    """Each revision is applied once, our logs go on after its fileConfig, and nothing of it runs in our processes."""
+    """Each revision is applied once, our logs continue after its fileConfig, and no module of it is imported by us."""
     url = bifrost_env["BIFROST_DATABASE_URL"].replace("postgresql", driver, 1)
     env = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(foreign_tree), "BIFROST_DATABASE_URL": url}
     before = {file: file.read_bytes() for file in foreign_tree.parent.rglob("*") if file.suffix in {".py", ".ini"}}
@@ -52,7 +52,7 @@ def test_foreign_tree_with_a_standing_worker(
 def test_foreign_tree_of_the_working_folder(
     foreign_tree: Path, bifrost_env: dict[str, str], run_bootstrap: RunBootstrap, database: Database
 ) -> None:
-    """Without a name the tree of the working folder is taken, by init and by the worker that it brings along."""
+    """Without a setting, init and its worker use the tree of the working folder."""
     env = {name: value for name, value in bifrost_env.items() if name != "BIFROST_ALEMBIC_CONFIG"}
     done = run_bootstrap("init", "--with-worker", env=env, cwd=foreign_tree.parent)
     assert done.returncode == 0, done.stderr

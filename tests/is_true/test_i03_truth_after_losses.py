@@ -1,4 +1,4 @@
-"""I3: whatever is lost while init waits, it ends with the truth, and not at the deadline.
+"""I3: whatever is lost while init waits, init ends with the correct result, and before the deadline.
 
 tests/always_ends/faults restarts each server, and the worker, in each phase. `test_fault_cells.py` runs a part of that.
 """
@@ -42,8 +42,8 @@ NO_MEMORY = "command not allowed when used memory"
 API_TTL = 24 * 3600
 
 
-def test_i03_flushed_between_the_end_and_the_look(deployment: Deployment) -> None:
-    """Both tasks have succeeded, then Redis is flushed before init looks: it does not believe the result."""
+def test_i03_redis_flushed_after_the_tasks(deployment: Deployment) -> None:
+    """Both tasks succeed, then Redis is flushed before init reads the cache: init does not report success."""
     deployment.hold("warming")  # later, init may have seen the complete cache already
     worker = deployment.start_worker()
     init = deployment.start_init()
@@ -60,7 +60,7 @@ def test_i03_flushed_between_the_end_and_the_look(deployment: Deployment) -> Non
 
 
 def test_i03_cache_lost_after_the_result(deployment: Deployment) -> None:
-    """Both results are there and say success, but an entry is gone: init has it warmed again."""
+    """Both results say success, but an entry is missing: init runs the warm again."""
     deployment.hold("warming")  # later, init may have seen the complete cache already
     worker = deployment.start_worker()
     init = deployment.start_init()
@@ -78,7 +78,7 @@ def test_i03_cache_lost_after_the_result(deployment: Deployment) -> None:
 
 
 def test_i03_result_never_stored(deployment: Deployment) -> None:
-    """The work is done and its worker dies before it says so: init sees the truth, and needs no other worker."""
+    """The worker dies after the work and before it stores the result: init reads schema and cache, and exits 0."""
     deployment.hold("result")
     worker = deployment.start_worker()
     init = deployment.start_init("--json")
@@ -92,7 +92,9 @@ def test_i03_result_never_stored(deployment: Deployment) -> None:
 
 
 def test_i03_worker_killed_while_it_held_the_chain(deployment: Deployment) -> None:
-    """A chain that a worker had taken and not begun is sent again when that worker is gone, and is no attempt."""
+    """If a worker received the chain and died before it started, init publishes the chain again. This is not
+    an attempt.
+    """
     deployment.hold("warming")
     worker = deployment.start_worker()
     first = deployment.start_init()
@@ -114,8 +116,8 @@ def test_i03_worker_killed_while_it_held_the_chain(deployment: Deployment) -> No
     assert deployment.applied() == REVISIONS
 
 
-def test_i03_an_old_marker_is_not_believed(deployment: Deployment) -> None:
-    """A row that changed since the last warm is warmed, although marker, heads and counts are those of that warm."""
+def test_i03_marker_does_not_hide_a_changed_row(deployment: Deployment) -> None:
+    """A row changed after the last warm is warmed, although marker, heads and counts are those of that warm."""
     deployment.start_worker()
     assert deployment.start_init().wait().returncode == 0
     deployment.database.execute("UPDATE workspace_files SET content = 'three' WHERE path = 'kept'")
@@ -151,7 +153,7 @@ def api_sets(deployment: Deployment, path: str) -> None:
 
 
 def test_i03_a_live_writer_is_no_loss(deployment: Deployment) -> None:
-    """After the warm the API adds a module, and stands between commit and entry of another when init compares: 0."""
+    """After the warm the API adds a module, and is between commit and entry of another one: init exits 0."""
     deployment.hold("warming")
     worker = deployment.start_worker()
     environment = deployment.environment(deployment.stack.init_lines)
@@ -174,7 +176,7 @@ def test_i03_a_live_writer_is_no_loss(deployment: Deployment) -> None:
 
 @pytest.fixture
 def redis_that_refuses_writes(deployment: Deployment) -> Iterator[Callable[[bool], None]]:
-    """Call it to have Redis refuse every write for lack of memory, or take them again."""
+    """`redis_that_refuses_writes(True)` makes Redis reject every write (out of memory); False ends that."""
 
     def refuse(refused: bool) -> None:
         with deployment.stack.redis.client() as client:
@@ -187,7 +189,7 @@ def redis_that_refuses_writes(deployment: Deployment) -> Iterator[Callable[[bool
 def test_i03_redis_refuses_writes_for_a_while(
     deployment: Deployment, redis_that_refuses_writes: Callable[[bool], None]
 ) -> None:
-    """What Redis says against a write does not end an init whose migration is well."""
+    """Rejected writes do not end an init whose migration succeeded."""
     deployment.hold("migrating")
     deployment.start_worker()
     init = deployment.start_init()
@@ -206,7 +208,7 @@ def test_i03_redis_refuses_writes_for_a_while(
 def test_i03_redis_refuses_the_chain_for_a_while(
     deployment: Deployment, redis_that_refuses_writes: Callable[[bool], None]
 ) -> None:
-    """An init that cannot send its chain, since Redis takes no write, sends it when that has passed."""
+    """If Redis rejects the writes that publish the chain, init publishes it later."""
     redis_that_refuses_writes(True)
     init = deployment.start_init()
     init.wait_for(rf"INFO +Redis \S+ says: {NO_MEMORY}")
@@ -217,10 +219,10 @@ def test_i03_redis_refuses_the_chain_for_a_while(
     assert deployment.cache() == COMPLETE
 
 
-def test_i03_redis_that_goes_on_refusing_writes(
+def test_i03_redis_that_keeps_rejecting_writes_is_2(
     deployment: Deployment, redis_that_refuses_writes: Callable[[bool], None]
 ) -> None:
-    """A Redis that refuses to have the chain sent for longer than the patience ends init in 2, in its own words."""
+    """If Redis rejects these writes for longer than the rejection timeout, init ends with 2 and the error of Redis."""
     redis_that_refuses_writes(True)
     environment = deployment.environment(deployment.stack.init_lines)
     init = deployment.commands.start([sys.executable, "-c", LESS_PATIENT], env=environment, cwd=deployment.folder)

@@ -1,4 +1,4 @@
-"""`--json`: one description for the objects of all commands, and each command keeps to it."""
+"""`--json`: one JSON schema for the objects of all commands."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def object_of(run_bootstrap: RunBootstrap, *arguments: str, code: int = 0, env: 
 def test_objects_of_all_commands(
     bootstrap_worker: Command, run_bootstrap: RunBootstrap, database: Database, tmp_path: Path
 ) -> None:
-    """From an empty database to a warm cache, and what each command says on the way."""
+    """From an empty database to a warm cache: the object of each command is valid."""
     seen: dict[str, set[str]] = defaultdict(set)
 
     def told(*arguments: str, code: int = 0) -> Any:
@@ -100,12 +100,12 @@ def test_objects_of_all_commands(
 
 @pytest.mark.parametrize("command", ["init", "rewarm", "check", "plan"])
 def test_objects_of_failures(command: str, run_bootstrap: RunBootstrap, clean_env: dict[str, str]) -> None:
-    """A failure has its class, its message and what to do."""
+    """The object of a failure has class, message and what to do."""
     object_of(run_bootstrap, command, code=78, env=clean_env)
 
 
-def test_the_description_knows_every_code_and_no_field_by_chance() -> None:
-    """Codes and verdicts of the description are those of the code; a field that nobody described is found."""
+def test_schema_has_every_exit_code_and_no_unknown_field() -> None:
+    """The schema has the exit codes and verdicts of the code, and rejects an unknown field."""
     assert SCHEMA["properties"]["exit_code"]["enum"] == [int(code) for code in ExitCode]
     verdicts = {report.verdict(command, code) for command in ("init", "plan", "load", "worker") for code in ExitCode}
     assert set(SCHEMA["properties"]["verdict"]["enum"]) == verdicts

@@ -1,4 +1,4 @@
-"""M9: where the database stands is told before any DDL, in words, and with what to do."""
+"""M9: the schema is judged before any DDL, in words, and with what to do."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_m09_refused_before_any_ddl(  # noqa: PLR0917  (fixtures)
     words: str,
     todo: str,
 ) -> None:
-    """What no migration can fix ends in 1 with its own words and what to do, in the verdict of `init --json` too, and
-    nothing in the database changes.
+    """A schema that no migration can fix ends with 1 and what to do, also in `init --json`. The database does
+    not change.
     """
     make(tree)
     if at:
@@ -92,7 +92,7 @@ def test_m09_check_says_where_the_schema_stands(
     verdict: str,
     pending: list[str],
 ) -> None:
-    """`check --json` gives verdict, heads and pending revisions with their titles, and changes nothing."""
+    """`check --json` has verdict, heads and pending revisions with titles, and changes nothing."""
     one_two(tree)
     if at:
         record(database, at)
@@ -109,7 +109,7 @@ def test_m09_check_says_where_the_schema_stands(
 
 
 def test_m09_allowed_to_be_ahead(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """With BIFROST_ALLOW_AHEAD=1 a database of a newer image is left as it is, and the result says so."""
+    """With BIFROST_ALLOW_AHEAD=1 the schema of a newer image is not changed, and the result says so."""
     one_two(tree)
     record(database, "later")
     before = objects(database)
@@ -121,8 +121,8 @@ def test_m09_allowed_to_be_ahead(database: Database, tree: Tree, start_migrate: 
 
 
 def test_m09_several_labelled_heads(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A tree of branches with labels of their own, one of which depends on the other, is upgraded to all its heads,
-    and at head with what Alembic records for them.
+    """A tree with labelled branches, one of which depends on the other, is upgraded to all its heads, and is
+    at head with the rows that Alembic records for them.
     """
     tree.revision("one").revision("data1", labels="data").revision("data2")
     tree.revision("site1", down="one", labels="site", depends_on="data1").revision("site2")
@@ -148,7 +148,7 @@ def objects(database: Database) -> list[tuple[Any, ...]]:
 
 
 def test_m09_revision_and_its_own_ancestor(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Alembic upgrades from no such version table: 1 before any DDL, and the row that is too many is told."""
+    """A version table with a revision and its ancestor ends with 1 before any DDL. The error names the surplus row."""
     tree.revision("one").revision("two")
     assert outcome(start_migrate()).code == 0
     tree.revision("three")

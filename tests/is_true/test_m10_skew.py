@@ -1,4 +1,4 @@
-"""M10: a worker of another image does not run this image's chain, and does not make its init believe anything."""
+"""M10: a worker of another image does not run the chain of this image, and cannot make init report success."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_m10_worker_of_the_previous_image(
     start_command: StartCommand,
     start_worker: StartWorker,
 ) -> None:
-    """With an idle worker of tree A, an init of B = A + 1 says that its worker is missing and does not succeed at A's
-    head, and A's worker runs neither task; once a worker of B is there, the init exits 0 at B's head.
+    """With an idle worker of tree A, an init of tree B = A + 1 says that its worker is missing. A's worker
+    runs neither task. When a worker of B starts, init exits 0 at B's head.
     """
     tree.revision("one").revision("two")
     old = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree.config)}
@@ -69,9 +69,7 @@ def test_m10_old_head_is_no_success(
     start_command: StartCommand,
     start_worker: StartWorker,
 ) -> None:
-    """Even a worker of A that is made to consume B's queue, and reports success at A's head, does not have an init of B
-    exit 0.
-    """
+    """A worker of A that consumes B's queue and reports success at A's head does not make an init of B exit 0."""
     tree.revision("one")
     new_tree = tree.copy(tmp_path / "new")
     new_tree.revision("two")

@@ -1,4 +1,4 @@
-"""M14: the tree migrates the database that is locked, and records where we look."""
+"""M14: the tree migrates the database that is locked, and records its version where we read it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ LOOK = (
 def test_m14_env_py_gets_the_url_in_its_environment(
     database: Database, tree: Tree, start_migrate: StartMigrate, tmp_path: Path
 ) -> None:
-    """The migration URL from a file reaches env.py as the operator wrote it, driver suffix and all, under both names,
-    although DATABASE_URL named another database; not as an argument, and with no file beside it that names another.
+    """env.py gets the migration URL from a file as the operator wrote it, in both variables, although
+    DATABASE_URL named another database. The URL is not an argument, and env.py gets no `…_FILE` variable of
+    another URL.
     """
     tree.revision("one", LOOK)
     other = tmp_path / "other"
@@ -68,8 +69,8 @@ def test_m14_another_database_is_refused(
     other_server: Postgres,
     own_url: str,
 ) -> None:
-    """env.py that leads elsewhere, even to a database of the same name on another server, ends in 78 with both named,
-    before the first revision, and neither is changed.
+    """If env.py connects to another database or server, the step ends with 78 before the first revision, names
+    both, and changes neither.
     """
     if own_url == "another database":
         other = postgres.create_database()
@@ -93,8 +94,8 @@ def test_m14_another_database_is_refused(
 def test_m14_another_version_table_is_named(
     database: Database, tree: Tree, start_migrate: StartMigrate, schema: str | None
 ) -> None:
-    """A tree with a version table of its own is refused before its first revision (78, with the variable that names
-    the table), and with that variable it is at head for the next run as well.
+    """A tree with another version table ends with 78 before its first revision. With the variable in the
+    message it is at head.
     """
     tree.revision("one")
     database.execute("CREATE SCHEMA app")
@@ -117,7 +118,7 @@ def test_m14_another_version_table_is_named(
 def test_m14_version_table_that_is_none_of_alembics(
     database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """A variable that names a table of the platform is 78 with both, and nothing is changed."""
+    """If the variable names a table of the platform, the step ends with 78 and changes nothing."""
     tree.revision("one")
     assert outcome(start_migrate()).code == 0
     tree.revision("two")
@@ -129,8 +130,8 @@ def test_m14_version_table_that_is_none_of_alembics(
 
 
 def test_m14_version_table_of_the_same_name(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A tree that names the schema in which we find the table anyway is the same tree, on an empty database and on one
-    that has the table; one that names another schema is not.
+    """A tree that names the schema of its version table is accepted if we find the table there, on an empty
+    database too. One that names another schema is not.
     """
     tree.revision("one")
     database.execute("CREATE SCHEMA app")
@@ -149,8 +150,8 @@ def test_m14_version_table_of_the_same_name(database: Database, tree: Tree, star
 
 
 def test_m14_version_recorded_where_we_do_not_look(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A tree that records its version in another schema, by its search path, is not taken for migrated: 78, with the
-    table that it wrote.
+    """A tree that records its version in another schema, by its search path, ends with 78. The error names
+    that table.
     """
     tree.revision("one")
     database.execute("CREATE SCHEMA app")
@@ -170,7 +171,7 @@ def test_m14_version_recorded_where_we_do_not_look(database: Database, tree: Tre
 
 
 def test_m14_env_py_that_runs_nothing(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """An env.py that ends without an error and without a revision is no success: 78, and the variable to look at."""
+    """An env.py that runs no revision is no success: 78, with the variable to check."""
     tree.revision("one")
     (tree.folder / "env.py").write_text("")
     done = outcome(start_migrate())

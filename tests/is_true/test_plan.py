@@ -1,4 +1,4 @@
-"""`plan`: what an init would do, told and not done."""
+"""`plan`: what init would do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ with create_engine(url).connect() as connection:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The alembic.ini of a tree of one revision."""
+    """The alembic.ini of a tree with one revision."""
     (tmp_path / "tree" / "versions").mkdir(parents=True)
     (tmp_path / "tree" / "env.py").write_text(ENV)
     (tmp_path / "tree" / "versions" / "aaa1.py").write_text(FIRST)
@@ -72,7 +72,7 @@ def planned(run_bootstrap: RunBootstrap, *arguments: str, **variables: str) -> d
 
 
 def test_plan_of_an_empty_database(run_bootstrap: RunBootstrap, database: Database, redis_url: str) -> None:
-    """Everything is pending, with titles and SQL; the cache cannot be told yet; nothing is touched."""
+    """All revisions are pending, with titles and SQL. The changes of the cache are unknown. Nothing is changed."""
     done = run_bootstrap("plan", "--sql")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("init would apply 2 revisions and warm the module cache\n")
@@ -89,7 +89,7 @@ def test_plan_of_an_empty_database(run_bootstrap: RunBootstrap, database: Databa
 def test_plan_of_a_warm(
     bootstrap_worker: Command, run_bootstrap: RunBootstrap, database: Database, redis_url: str
 ) -> None:
-    """Counts, bytes and first paths of what a warm would add, change and remove; the cache stays as it is."""
+    """`plan` has counts, bytes and first paths of what a warm would add, change and remove, and changes nothing."""
     assert run_bootstrap("init").returncode == 0
     assert planned(run_bootstrap, "--sql")["message"] == "nothing to do"
     insert_modules(database, MODULES)
@@ -114,7 +114,7 @@ def test_plan_of_a_warm(
 def test_plan_says_that_the_brake_would_act(
     bootstrap_worker: Command, run_bootstrap: RunBootstrap, database: Database
 ) -> None:
-    """More than half of the cache and more than 20 entries would go: the plan says that the warm would stop."""
+    """If a warm would remove more than half of the cache and more than 20 entries, `plan` says that it would stop."""
     assert run_bootstrap("init").returncode == 0
     insert_modules(database, {f"{number}.py": "" for number in range(30)})
     assert run_bootstrap("init").returncode == 0
@@ -129,7 +129,7 @@ def test_plan_with_rights_to_read_only(
     bifrost_env: dict[str, str],
     database: Database,
 ) -> None:
-    """A role that may only read, in transactions that may only read, is enough for plan and check."""
+    """A role with read-only rights and read-only transactions suffices for plan and check."""
     assert run_bootstrap("init").returncode == 0
     insert_modules(database, MODULES)
     role = f"reader_{database.name}"
@@ -155,7 +155,7 @@ def test_plan_with_rights_to_read_only(
 def test_sql_of_a_tree_that_connects(
     run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], database: Database, tree: Path
 ) -> None:
-    """An env.py without an offline mode is told as SQL too, over a connection that can write nothing."""
+    """`plan --sql` works for an env.py without offline mode, over a read-only connection."""
     found = planned(run_bootstrap, "--sql", **bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree)})
     assert "CREATE TABLE anything" in found["sql"]
     assert database.execute("SELECT count(*) FROM pg_class WHERE relname IN ('anything', 'alembic_version')") == [(0,)]
@@ -164,7 +164,7 @@ def test_sql_of_a_tree_that_connects(
 def test_sql_of_a_tree_that_reads(
     run_bootstrap: RunBootstrap, bifrost_env: dict[str, str], database: Database, tree: Path
 ) -> None:
-    """A revision that reads data while it migrates cannot be told as SQL: the plan says so, and ends with 0."""
+    """If a revision reads data, `plan --sql` says that it has no SQL, and exits 0."""
     (tree.parent / "versions" / "aaa2.py").write_text(READS_DATA)
     found = planned(run_bootstrap, "--sql", **bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree)})
     assert found["sql"] == ""
@@ -174,7 +174,7 @@ def test_sql_of_a_tree_that_reads(
 
 
 def test_plan_of_a_schema_from_elsewhere(run_bootstrap: RunBootstrap, database: Database) -> None:
-    """A database that this image cannot migrate: the plan says how init would end, and ends with 0 itself."""
+    """If this image cannot migrate the schema, `plan` says how init would end, and exits 0."""
     database.execute("CREATE TABLE alembic_version (version_num varchar(32))", ())
     database.execute("INSERT INTO alembic_version VALUES ('9999')", ())
     found = planned(run_bootstrap, "--sql")

@@ -1,4 +1,4 @@
-"""W14 through the whole of init: from `workspace_files` to `file_index` in one upgrade, and back to the older image."""
+"""W14 with init: from `workspace_files` to `file_index` in one upgrade, and back to the older image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEW_AGE = """
 def test_w14_upgrade_and_rollback_by_init(
     database: Database, redis_url: str, bifrost_env: dict[str, str], run_bootstrap: RunBootstrap, tmp_path: Path
 ) -> None:
-    """Each image's init ends with 0, and the cache is that of the table which is there."""
+    """The init of each image exits 0, and the cache equals the table that exists."""
     older = Tree(tmp_path / "older").revision("one")
     newer = older.copy(tmp_path / "newer").revision("two", NEW_AGE)
     client = Redis.from_url(redis_url, decode_responses=True)

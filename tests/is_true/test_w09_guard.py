@@ -1,4 +1,7 @@
-"""W9: after the warm a standing worker notices what Redis has lost, and mends it; everybody else is left in peace."""
+"""W9: after a warm, the guard of a standing worker notices what Redis has lost and publishes a warm.
+
+It publishes nothing if nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class Watch:
 
 @pytest.fixture
 def watch(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """A guard over a warm cache of ten modules."""
+    """The guard of a warm cache with ten modules."""
     monkeypatch.setattr(guards, "RECHECK_DELAY", 0.01)
     store.put(MODULES)
     store.warm()
@@ -67,7 +70,7 @@ def watch(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.fixture
 def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Filled by each comparison of rows and cache."""
+    """A list with one item for each comparison of rows and cache."""
     seen: list[str] = []
     compare_now = cache_diff.compare_now
 
@@ -79,35 +82,35 @@ def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_w09_nothing_to_say(watch: Watch, comparisons: list[str]) -> None:
-    """A cache that is as it was left is not warmed, and compared only now and then."""
+def test_w09_unchanged_cache_is_not_warmed(watch: Watch, comparisons: list[str]) -> None:
+    """An unchanged cache is not warmed, and is compared only sometimes."""
     assert watch.look(2 * FULL_EVERY) == 0
     assert len(comparisons) == 2
 
 
 @pytest.mark.parametrize("loss", [lambda client: client.flushdb(), lambda client: client.delete(INDEX)])
 def test_w09_loss_of_all_is_seen_at_once(watch: Watch, loss: Callable[[redis.Redis], object]) -> None:
-    """Flushed, or without its index: the next look sends the task."""
+    """If Redis was flushed or the index deleted, the next check publishes the task."""
     loss(watch.store.client)
     assert watch.look() == 1
 
 
 def test_w09_partial_loss_is_seen_in_time(watch: Watch) -> None:
-    """A lost entry whose path is still indexed does not show in any count: the full comparison finds it."""
+    """No count shows a lost entry whose path is still in the index. The full comparison finds it."""
     watch.store.client.delete(ENTRY + b"m3.py")
     assert watch.look(FULL_EVERY) == 1
 
 
 def test_w09_live_writers_are_no_loss(watch: Watch, comparisons: list[str]) -> None:
-    """A writer's module changes the count: compared once, and then taken for right."""
+    """A new module of a writer changes the count. It is compared once, and accepted."""
     watch.store.api_write("new.py", "y")
     watch.store.client.persist(ENTRY + b"new.py")
     assert watch.look(4) == 0
     assert len(comparisons) == 1
 
 
-def test_w09_what_could_not_be_compared_is_not_known(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server is away in the comparison that a loss has led to: the next look compares again, and sends the task."""
+def test_w09_failed_comparison_is_repeated(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a server is down during the comparison after a loss, the next check compares again and publishes the task."""
     watch.store.client.flushdb()
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -118,7 +121,7 @@ def test_w09_what_could_not_be_compared_is_not_known(watch: Watch, monkeypatch: 
 
 
 def test_w09_entries_that_live_for_a_time_are_compared_in_it(make_store: MakeStore, redis_url: str) -> None:
-    """With a TTL the entries are looked at often enough to be renewed, however rare a comparison is otherwise."""
+    """With a TTL, entries are compared often enough to renew them, however long the interval is."""
     store = make_store(redis_url, module_cache_ttl=120, cache_guard_interval=60)
     store.put(MODULES)
     store.warm()
@@ -133,16 +136,18 @@ def test_w09_entries_that_live_for_a_time_are_compared_in_it(make_store: MakeSto
     ("guard_interval", "ttl", "interval"),
     [(60, 0, 30), (60, 24 * 3600, 30), (60, 40, 5), (3600, 3600, 450), (0, 40, 0)],
 )
-def test_w09_two_looks_an_interval_and_eight_a_life(
+def test_w09_two_checks_per_interval_and_eight_per_ttl(
     make_store: MakeStore, redis_url: str, guard_interval: int, ttl: int, interval: int
 ) -> None:
-    """A loss is fixed within the interval although one look has just missed it; of a short life none misses half."""
+    """A loss is fixed within the interval even if a check has just missed it. A short TTL is checked before
+    its half.
+    """
     guard = Watch(make_store(redis_url, cache_guard_interval=guard_interval, module_cache_ttl=ttl)).guard
     assert guard.interval == interval
 
 
 def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A difference that the second look does not find any more was a writer at his work."""
+    """A difference that the second check does not find was a writer between commit and entry."""
     store = watch.store
     store.put({"new.py": "y"})
     store.client.srem(INDEX, "m1.py")  # the count differs, so that it is compared
@@ -165,7 +170,7 @@ def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.M
 
 
 def test_w09_silent_while_somebody_works(watch: Watch) -> None:
-    """While a worker holds a task, or a migration holds its lock, nothing is sent; afterwards it is."""
+    """While a worker has a task, or a migration has its lock, no task is published. Afterwards it is."""
     store = watch.store
     store.client.flushdb()
     store.client.set(heartbeat_key(guards.ANY_WORKER_BUSY), "1")
@@ -178,14 +183,14 @@ def test_w09_silent_while_somebody_works(watch: Watch) -> None:
 
 
 def test_w09_silent_before_the_schema_is_ready(watch: Watch) -> None:
-    """A database that is behind is the init container's to mend."""
+    """If the schema is behind, no task is published: that is the job of the init container."""
     watch.store.client.flushdb()
     watch.store.database.execute("UPDATE alembic_version SET version_num = '0001'")
     assert watch.look() == 0
 
 
 def test_w09_one_guard_at_a_time(watch: Watch) -> None:
-    """Two guards on one Redis: in one turn one of them looks; a guard that died in its turn is followed by another."""
+    """Of two guards on one Redis, only one checks. If it dies, the other one takes over."""
     client = watch.store.client
     client.flushdb()
     other = Watch(watch.store)
@@ -196,7 +201,7 @@ def test_w09_one_guard_at_a_time(watch: Watch) -> None:
 
 
 def test_w09_turn_is_left_to_who_can_use_it(watch: Watch, make_store: MakeStore) -> None:
-    """A guard of another tree, or whose PostgreSQL is away, looks first all the time: the right one sends the task."""
+    """A guard of another tree, or without PostgreSQL, leaves the lease to the guard that can publish the task."""
     store = watch.store
     away = "postgresql://nobody@127.0.0.1:1/none"
     others = [
@@ -213,7 +218,7 @@ def test_w09_turn_is_left_to_who_can_use_it(watch: Watch, make_store: MakeStore)
 def test_w09_never_past_the_brake(
     store: ModuleStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where most of the cache would go nothing is sent, and the log says what would."""
+    """If most of the cache would be removed, no task is published, and the log has the counts."""
     monkeypatch.setattr(guards, "RECHECK_DELAY", 0.01)
     store.put({f"{n}.py": "" for n in range(30)})
     store.warm()
@@ -226,7 +231,7 @@ def test_w09_never_past_the_brake(
 
 @pytest.mark.parametrize("said", [{"settled": False}, {"heads": ["0001"]}, {"modules": 9}])
 def test_w09_marker_that_does_not_vouch(watch: Watch, said: dict[str, object]) -> None:
-    """A warm that did not settle, or was one of another schema or count: what it left is compared at once."""
+    """If the last warm did not settle, or had another schema or count, its cache is compared at once."""
     client = watch.store.client
     marker = json.loads(str(client.get(MARKER).decode()))  # type: ignore[union-attr]
     client.set(MARKER, json.dumps(marker | said))
@@ -234,8 +239,8 @@ def test_w09_marker_that_does_not_vouch(watch: Watch, said: dict[str, object]) -
     assert watch.look() == 1
 
 
-def test_w09_looks_one_after_the_other(watch: Watch) -> None:
-    """A look that takes longer than the pause between two is not overtaken by the next."""
+def test_w09_checks_do_not_overlap(watch: Watch) -> None:
+    """A check that takes longer than the interval does not overlap with the next."""
     store = watch.store
     store.client.flushdb()
     sending, go_on = Event(), Event()
@@ -259,8 +264,8 @@ def test_w09_looks_one_after_the_other(watch: Watch) -> None:
     assert sent == ["sent"]
 
 
-def test_w09_a_bug_ends_a_look_only(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
-    """What nobody thought of is logged, and leaves the worker alone."""
+def test_w09_bug_ends_one_check_only(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+    """An unexpected exception is logged, and the worker continues."""
 
     def send() -> None:
         raise RuntimeError("a bug")
@@ -279,7 +284,7 @@ def test_w09_a_bug_ends_a_look_only(watch: Watch, caplog: pytest.LogCaptureFixtu
 def test_w09_whose_worker_has_a_guard(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, enabled: bool
 ) -> None:
-    """A standing worker has one unless the interval is 0; the worker of one init has none."""
+    """A standing worker has a guard unless the interval is 0. The worker of `init --with-worker` has none."""
     from bifrost_bootstrap.worker.program import CacheMonitorStep
 
     set_urls(monkeypatch)
@@ -295,7 +300,7 @@ def set_urls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's own timer has the guard look as often as the guard says, for as long as the worker lives."""
+    """The timer of the worker calls the guard at the guard's interval while the worker lives."""
     from bifrost_bootstrap.worker.program import CacheMonitorStep
 
     set_urls(monkeypatch)
@@ -313,7 +318,7 @@ def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch
 
 
 def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
-    """A server that cannot be reached ends a look, not the guard."""
+    """An unreachable server ends one check, not the guard."""
     settings = watch.store.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
     guard = CacheMonitor(settings, tree_loading.load(settings), lambda: pytest.fail("sent without having looked"))
     caplog.set_level("INFO")
@@ -322,14 +327,16 @@ def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixtur
     assert watch.look() == 0
 
 
-def test_w09_standing_worker_mends_a_flush(
+def test_w09_standing_worker_repairs_a_flush(
     store: ModuleStore,
     bifrost_env: Mapping[str, str],
     start_worker: StartWorker,
     run_bootstrap: RunBootstrap,
     run_command: RunCommand,
 ) -> None:
-    """A real worker at an interval of a second: warmed by init, flushed, and complete again; `check` saw the loss."""
+    """A real worker with an interval of 1 s: after a flush the cache is complete again, and `check` reported
+    the loss.
+    """
     environment = {
         **bifrost_env,
         "BIFROST_DATABASE_URL": store.database.url,

@@ -1,4 +1,4 @@
-"""A standing bootstrap worker beside the one-shot init: the whole job, by the commands that operators type."""
+"""A standing bootstrap worker beside a one-shot init: the whole job, with the commands that operators type."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_main_job(
     redis_url: str,
     tmp_path: Path,
 ) -> None:
-    """Migrate, find nothing left to do, load modules, see what is missing, warm, import one from the cache."""
+    """Migrate, do nothing, load modules, check, warm, and import a module from the cache."""
     done = run_bootstrap("init")
     assert done.returncode == 0, done.stderr
     assert heads(database) == HEAD
@@ -93,7 +93,7 @@ def test_call_by_hand(
     database: Database,
     redis_url: str,
 ) -> None:
-    """`celery call` re-warms without any argument, and `celery result` shows the counts to who has no database URL."""
+    """`celery call` without arguments warms the cache. `celery result` shows the counts without a database URL."""
     assert run_bootstrap("init").returncode == 0
     insert_modules(database, MODULES, hashes=False)
     by_hand = {name: value for name, value in bifrost_env.items() if name != "BIFROST_DATABASE_URL"}
@@ -129,7 +129,7 @@ def test_stock_worker_serves_as_well(
     database: Database,
     redis_url: str,
 ) -> None:
-    """`celery -A bifrost_bootstrap worker` consumes the same queues as ours, and the stock tools see it."""
+    """`celery -A bifrost_bootstrap worker` consumes the same queues, and Celery's own commands see it."""
     worker = start_command([*CELERY, "worker"], env=bifrost_env)
     worker.wait_for(WORKER_READY)
     done = run_bootstrap("init", "--json")
@@ -161,7 +161,7 @@ def test_init_with_a_worker_of_its_own(
     database: Database,
     redis_url: str,
 ) -> None:
-    """`init --with-worker` alone does the whole job, twice, and leaves neither process nor queue with messages."""
+    """`init --with-worker` does the whole job twice, and leaves no process and no message."""
     done = run_bootstrap("init", "--with-worker")
     assert done.returncode == 0, done.stderr
     assert heads(database) == HEAD
@@ -181,14 +181,14 @@ def test_init_with_a_worker_of_its_own(
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """An empty folder that every user may pass through: servers do not run as root."""
+    """An empty folder that every user may enter, because servers do not run as root."""
     with TemporaryDirectory(prefix="bifrost-acceptance-") as folder:
         Path(folder).chmod(0o711)
         yield Path(folder)
 
 
 def test_init_embedded(run_bootstrap: RunBootstrap, clean_env: dict[str, str], open_folder: Path) -> None:
-    """`init --embedded` needs nothing, ignores the URLs that are set and names them, and leaves nothing behind."""
+    """`init --embedded` needs no server, names the URLs that it ignores, and leaves nothing behind."""
     env = clean_env | {
         "TMPDIR": str(open_folder),
         "DATABASE_URL": "postgresql://u:p@127.0.0.1:1/elsewhere",
@@ -206,14 +206,14 @@ def test_init_embedded(run_bootstrap: RunBootstrap, clean_env: dict[str, str], o
     assert list(open_folder.iterdir()) == []
 
 
-def test_cache_that_was_flushed_is_noticed_and_mended(
+def test_flushed_cache_is_repaired(
     run_bootstrap: RunBootstrap,
     start_worker: StartWorker,
     bifrost_env: dict[str, str],
     database: Database,
     redis_url: str,
 ) -> None:
-    """A flushed cache is not ready, partly lost or whole; the next init makes it complete again."""
+    """After a full or partial loss of the cache, `check` is not ready and the next init repairs the cache."""
     start_worker(env=bifrost_env | NO_GUARD)
     assert run_bootstrap("init").returncode == 0
     insert_modules(database, MODULES)

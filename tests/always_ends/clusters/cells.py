@@ -1,4 +1,4 @@
-"""The matrix of servers that are several: a broker of three nodes, a standby, a replica."""
+"""The matrix of nodes: a broker of three nodes, a PostgreSQL with a standby, a Redis with a replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run of the matrix is written down in docs/reliability.md."""
+"""Write the matrix of nodes into docs/reliability.md after a complete run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one cell of the matrix of nodes."""
+"""Run one cell of the matrix of nodes."""
 
 from __future__ import annotations
 

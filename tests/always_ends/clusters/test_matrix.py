@@ -1,4 +1,4 @@
-"""Every loss of a node, in every phase."""
+"""I10: every loss of a node, in every phase of init."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ pytestmark = pytest.mark.clusters
 def test_i10_cell(
     cluster_deployment: ClusterDeployment, cell: ClusterCell, record_property: Callable[[str, object], None]
 ) -> None:
-    """Whichever is lost, and when: init ends 0 within a minute, the worker lives, each revision is applied once."""
+    """After the loss, init exits 0 within a minute, the worker lives, and each revision is applied once."""
     record_property("cell", str(cell))
     record_property("seconds", run_cell(cluster_deployment, cell))

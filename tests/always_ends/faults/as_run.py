@@ -1,4 +1,4 @@
-"""Writes the table of a whole run into docs/reliability.md."""
+"""Write the table of a complete run into docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fault matrix: every cell, what is expected of it, and why some cells mean nothing."""
+"""The fault matrix: its cells, the expected result of each, and the combinations that are left out, with the reason."""
 
 from __future__ import annotations
 

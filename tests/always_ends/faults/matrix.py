@@ -1,4 +1,4 @@
-"""Runs one cell of the fault matrix, and keeps what came of it."""
+"""Run one cell of the fault matrix and check the result."""
 
 from __future__ import annotations
 

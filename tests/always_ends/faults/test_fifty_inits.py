@@ -1,4 +1,4 @@
-"""Fifty replicas at once, and one fault of each kind on the way."""
+"""Fifty inits at once, while every kind of fault happens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMEOUT = 400.0
 
 
 def test_fifty_inits_and_every_kind_of_fault(deployment: Deployment) -> None:
-    """All inits but the one that is killed exit 0, each revision is applied once, and nothing is left behind."""
+    """All inits except the killed one exit 0, each revision is applied once, and no message or process is left."""
     stack = deployment.stack
     deployment.fill_cache()
     deployment.hold("migrating")

@@ -1,4 +1,4 @@
-"""Every fault in every phase that it means something in."""
+"""Every fault, in every phase of init in which it makes a difference."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ pytestmark = pytest.mark.faults
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(deployment: Deployment, cell: Cell, record_property: Callable[[str, object], None]) -> None:
-    """Whatever is hit, and when: init ends soon with its code, each revision is applied once, the cache is whole."""
+    """After the fault, init ends soon with the expected exit code, each revision is applied once, the cache is
+    complete.
+    """
     record_property("cell", str(cell))
     record_property("seconds", run_cell(deployment, cell))
