@@ -69,8 +69,8 @@ class BootstrapError(Exception):
     """
     Base of the tree. `str()` says what failed and why, `remedy` what to do about it.
 
-    The head of a class declares its exit code and the names of its facts, in the order of its arguments. What it does not
-    declare it has from its base. Each fact is an attribute, and a placeholder in `text` and `advice`.
+    The head of a class declares its exit code and its facts, in the order of its arguments; the default is those of its
+    base. Each fact is an attribute, and a placeholder in `text` and `advice`.
     """
 
     exit_code: ClassVar[ExitCode] = ExitCode.BUG
@@ -245,21 +245,16 @@ class MigrationError(
     """
 
     advice = "fix the revision and deploy again; what is applied stays and is not run twice"
-    revision: str
-    title: str
-    statement: str
-    message: str
-    hint: str
-    applied: Sequence[str]
 
     def __str__(self) -> str:
-        what = f"revision {self.revision} ({self.title}) failed" if self.revision else "the tree failed"
-        lines = [f"{what}: {self.message}"]
-        if self.hint:
-            lines.append(f"hint: {self.hint}")
-        if self.statement:
-            lines.append(f"statement: {self.statement}")
-        lines.append("applied before it: " + (", ".join(self.applied) or "none"))
+        revision, title, statement, message, hint, applied = self.args
+        what = f"revision {revision} ({title}) failed" if revision else "the tree failed"
+        lines = [f"{what}: {message}"]
+        if hint:
+            lines.append(f"hint: {hint}")
+        if statement:
+            lines.append(f"statement: {statement}")
+        lines.append("applied before it: " + (", ".join(applied) or "none"))
         return "\n  ".join(lines)
 
 

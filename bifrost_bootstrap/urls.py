@@ -1,16 +1,16 @@
-"""The forms in which operators write a PostgreSQL URL, and what each of our readers makes of it."""
+"""The URLs of PostgreSQL, Redis and the broker: the forms that operators write, and those that each library reads."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit
 
 from bifrost_bootstrap.redaction import remember_secret
 
-#: Connect arguments of asyncpg and of SQLAlchemy's asyncpg dialect that libpq has no word for.
+#: Connect arguments of asyncpg, and of SQLAlchemy's dialect for it, that libpq does not have.
 ASYNCPG_ONLY = frozenset(
     {
         "async_fallback", "command_timeout", "direct_tls", "max_cacheable_statement_size",
@@ -20,8 +20,8 @@ ASYNCPG_ONLY = frozenset(
 )  # fmt: skip
 #: asyncpg's `ssl=` takes booleans too.
 _SSL_WORDS = dict.fromkeys(("true", "1", "on"), "require") | dict.fromkeys(("false", "0", "off"), "disable")
-#: What follows the scheme. Not urlsplit: a password may hold any character, also unescaped. Of several readings
-#: the first "@" counts after which address and query are well formed, so that a query may hold one too.
+#: What follows the scheme of a PostgreSQL URL. Not urlsplit: a password may contain any character, escaped or not. If
+#: the URL contains several "@", it is split at the first one that leaves a valid address and query.
 _HOST = r"(?:\[[^\]@/?#]*\]|[^@/?#:,\[\]]*)(?::\d*)?"
 _WORD = r"[\w.%-]+=[^&]*"
 _URL = re.compile(
@@ -30,12 +30,12 @@ _URL = re.compile(
     re.DOTALL,
 )
 #: Schemes of Redis and broker whose connections are encrypted.
-TLS_SCHEMES = frozenset({"amqps", "rediss"})
-#: Files that the query of an amqps:// URL may name, in the words of rediss://, and what py-amqp calls them.
+TLS_SCHEMES = frozenset({"amqps", "rediss", "valkeys"})
+#: Words of an amqps:// URL that name a file, the same as those of rediss://, with their names in py-amqp.
 AMQPS_FILES = {"ssl_ca_certs": "ca_certs", "ssl_certfile": "certfile", "ssl_keyfile": "keyfile"}
-#: Other words of a broker's URL. Of heartbeats that client and server want the smaller counts, and ours is small.
+#: The other words of a broker's URL. `heartbeat` is dropped: the smaller of both sides' counts, and ours is small.
 AMQP_WORDS = {"heartbeat": r"\d+", "login_method": r"\w+"}
-#: Words of a Redis URL that redis-py and Celery take in the same way, and what each may be.
+#: Words of a Redis URL that redis-py and Celery read in the same way, with the pattern of their values.
 REDIS_WORDS = {
     **dict.fromkeys(("username", "password", "client_name"), ".*"),
     **dict.fromkeys(("db", "max_connections", "health_check_interval"), r"\d+"),
@@ -44,7 +44,7 @@ REDIS_WORDS = {
     **dict.fromkeys(("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"), ".+"),
     "ssl_cert_reqs": r"(?i)(CERT_)?(none|optional|required)",
 }
-#: Words of these that a connection by a Unix socket has no use for, and that end its client.
+#: Those of them that redis-py does not accept for a Unix socket.
 TCP_WORDS = frozenset({"socket_keepalive", "socket_connect_timeout"})
 _SCHEME = re.compile(r"[\w+.-]+://")
 _HOST_AND_PORT = re.compile(r"[^:/]+:\d+")
@@ -56,8 +56,8 @@ class PostgresUrl:
     """
     A PostgreSQL URL. Its text form and its repr never hold the password.
 
-    as_written: what the operator wrote, for the tree's env.py (a libpq keyword string is turned into a URL,
-    since SQLAlchemy reads no other). parameters: libpq's keywords, for psycopg.
+    as_written: for the tree's env.py, what the operator wrote. A libpq keyword string, and several hosts, are rewritten
+    in the form that SQLAlchemy reads. parameters: libpq's keywords, for psycopg.
     """
 
     as_written: str = field(repr=False)
@@ -73,26 +73,29 @@ class PostgresUrl:
 
     @property
     def target(self) -> str:
-        """Host, port and database as written: what two replicas of one deployment have in common."""
+        """Host, port and database as written: the same for all replicas of one deployment."""
         return f"{self.parameters.get('host', '')}:{self.parameters.get('port', '5432')}/{self.database}"
 
     def beginning_at(self, host: str, port: str) -> PostgresUrl:
-        """The same servers, this one tried first; unchanged where it is none of several."""
-        hosts, ports = (self.parameters.get(word, "").split(",") for word in ("host", "port"))
-        servers = list(zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=False))
+        """The URL with this one of its servers first; unchanged if it names no others, or not this one."""
+        hosts = self.parameters.get("host", "").split(",")
+        ports = self.parameters.get("port", "").split(",")
+        servers = list(zip(hosts, ports, strict=False))
         if len(servers) < 2 or (host, port) not in servers or "hostaddr" in self.parameters:
             return self
         servers.sort(key=lambda server: server != (host, port))
         names, numbers = (",".join(words) for words in zip(*servers, strict=True))
-        parameters = {**self.parameters, "host": names, "port": numbers}
-        return replace(self, as_written=_with_several_hosts(self.as_written, parameters), parameters=parameters)
+        order = {"host": names, "port": numbers}
+        base, _, query = self.as_written.partition("?")
+        words = dict(parse_qsl(query, keep_blank_values=True)) | order
+        return PostgresUrl(f"{base}?{urlencode(words, safe=',')}", self.parameters | order)
 
 
 def parse_postgres(text: str) -> PostgresUrl:
     """
-    Read any SQLAlchemy or libpq form.
+    Read any form of SQLAlchemy or libpq.
 
-    A driver suffix is ignored, `ssl` is read as `sslmode`, asyncpg-only parameters are dropped.
+    A driver suffix is ignored, `ssl` is read as `sslmode`, and parameters of asyncpg alone are dropped.
 
     Raises ValueError with a text that names the fault and never the value.
     """
@@ -100,36 +103,29 @@ def parse_postgres(text: str) -> PostgresUrl:
     from psycopg.conninfo import conninfo_to_dict
 
     is_url = _SCHEME.match(text) is not None
-    libpq = _libpq_url(text) if is_url else text
+    libpq, words = _read_url(text) if is_url else (text, {})
     try:
         parameters = {key: str(value) for key, value in conninfo_to_dict(libpq).items() if value is not None}
     except ProgrammingError as error:
         raise ValueError(_without_values(str(error))) from None
     remember_secret(parameters.get("password", ""))
-    # SQLAlchemy knows no `postgres://`, and several hosts in its own way only.
-    as_written = text.replace("postgres://", "postgresql://", 1) if is_url else _as_url(parameters)
-    if "," in parameters.get("host", ""):
-        # Of several servers the one that may be written to is meant, whichever that is by now.
+    hosts = parameters.get("host", "").split(",")
+    if is_url and len(hosts) == 1:
+        # SQLAlchemy does not know `postgres://`.
+        return PostgresUrl(text.replace("postgres://", "postgresql://", 1), parameters)
+    if len(hosts) > 1:
+        # The server that can be written to, whichever of them it is by now.
         parameters.setdefault("target_session_attrs", "primary")
-        # libpq has a default for each, asyncpg for none.
-        parameters["port"] = ",".join(port or "5432" for port in parameters.get("port", "5432").split(","))
-        as_written = _with_several_hosts(as_written, parameters)
-    return PostgresUrl(as_written, parameters)
+        # One for each host: libpq has a default for a missing port, asyncpg has none.
+        ports = parameters.get("port", "").split(",")
+        ports = ports if len(ports) > 1 else ports * len(hosts)
+        parameters["port"] = ",".join(port or "5432" for port in ports)
+    scheme = text.split("://", 1)[0] if is_url else "postgresql"
+    return PostgresUrl(_sqlalchemy_url(scheme, parameters, words or parameters), parameters)
 
 
-def _with_several_hosts(url: str, parameters: Mapping[str, str]) -> str:
-    """A URL with its user, database and words, whose hosts are where SQLAlchemy looks for them."""
-    scheme, rest = url.split("://", 1)
-    found = _URL.fullmatch(rest)
-    assert found
-    user, password, query = (found[part] or "" for part in ("user", "password", "query"))
-    credentials = f"{user}:{password}@" if password else f"{user}@" if user else ""
-    words = dict(parse_qsl(query, keep_blank_values=True))
-    words |= {word: parameters[word] for word in ("host", "port", "target_session_attrs") if word in parameters}
-    return f"{scheme}://{credentials}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(words, safe=',')}"
-
-
-def _libpq_url(text: str) -> str:
+def _read_url(text: str) -> tuple[str, dict[str, str]]:
+    """A PostgreSQL URL in the form that libpq reads, and the words of its query. Raises ValueError if it is none."""
     scheme, rest = text.split("://", 1)
     if scheme.split("+")[0] not in {"postgresql", "postgres"}:
         raise ValueError(f"is no PostgreSQL URL (scheme {scheme!r}; wanted postgresql://)")
@@ -138,17 +134,30 @@ def _libpq_url(text: str) -> str:
         raise ValueError("cannot be read as a PostgreSQL URL")
     user, password, address, query = (found[part] or "" for part in ("user", "password", "address", "query"))
     remember_secret(password)
-    # libpq refuses what is not escaped; SQLAlchemy takes it as it is.
+    # libpq rejects characters that are not escaped; SQLAlchemy accepts them.
     user, password = (quote(_STRAY_PERCENT.sub("%25", part), safe="%") for part in (user, password))
     credentials = user + (f":{password}" if password else "")
     at = "@" if credentials else ""
+    words = parse_qsl(query, keep_blank_values=True)
     kept: list[tuple[str, str]] = []
-    for key, value in parse_qsl(query, keep_blank_values=True):
+    for key, value in words:
         if key == "ssl":
             kept.append(("sslmode", _SSL_WORDS.get(value.lower(), value)))
         elif key not in ASYNCPG_ONLY:
             kept.append((key, value))
-    return f"postgresql://{credentials}{at}{address}?{urlencode(_one_host(kept), quote_via=quote)}"
+    return f"postgresql://{credentials}{at}{address}?{urlencode(_one_host(kept), quote_via=quote)}", dict(words)
+
+
+def _sqlalchemy_url(scheme: str, parameters: Mapping[str, str], words: Mapping[str, str]) -> str:
+    """A URL in the form that SQLAlchemy reads several hosts from: all in its query, with the other `words`."""
+    credentials = quote(parameters.get("user", ""), safe="")
+    if "password" in parameters:
+        credentials += f":{quote(parameters['password'], safe='')}"
+    at = "@" if credentials else ""
+    query = {word: value for word, value in words.items() if word not in {"user", "password", "dbname"}}
+    query |= {word: parameters[word] for word in ("host", "port", "target_session_attrs") if word in parameters}
+    scheme = "postgresql" if scheme == "postgres" else scheme
+    return f"{scheme}://{credentials}{at}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(query, safe=',')}"
 
 
 def _one_host(query: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -162,27 +171,21 @@ def _one_host(query: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _without_values(message: str) -> str:
-    # libpq names the parameter first and may quote more of the string after it.
+    # The first line names the parameter; the others may quote more of the string.
     if "parameter: " in message or "option " in message:
         return message.strip().splitlines()[0]
     return "cannot be read as a PostgreSQL URL"
 
 
-def _as_url(parameters: dict[str, str]) -> str:
-    rest = {key: value for key, value in parameters.items() if key not in {"user", "password", "dbname"}}
-    user = ":".join(quote(parameters[key], safe="") for key in ("user", "password") if key in parameters)
-    return f"postgresql://{user}{'@' if user else ''}/{quote(parameters.get('dbname', ''), safe='')}?{urlencode(rest)}"
-
-
 def parse_redis(text: str) -> str:
     """
-    A Redis URL as redis-py and Celery both read it: `valkey` is `redis`, TLS words are in redis-py's spelling.
+    A Redis URL in the form that redis-py and Celery both read: with `redis` for `valkey`, and redis-py's words for TLS.
 
     Raises ValueError with a text that names the fault and never the value.
     """
-    parts = urlsplit(_well_formed(text, "redis", "rediss", "unix", "valkey", "valkeys"))
+    parts = _split(text, ("redis", "rediss", "unix", "valkey", "valkeys"), REDIS_WORDS)
     scheme = parts.scheme.replace("valkey", "redis")
-    words = dict(_known_words(parts.query, REDIS_WORDS, scheme))
+    words = dict(parse_qsl(parts.query, keep_blank_values=True))
     if "ssl_cert_reqs" in words:
         words["ssl_cert_reqs"] = words["ssl_cert_reqs"].lower().removeprefix("cert_")
     if scheme == "unix":
@@ -204,13 +207,16 @@ def parse_broker(text: str) -> str:
 def _parse_broker(text: str) -> str:
     if text.startswith("redis"):
         return text if text.startswith("redis+socket") else parse_redis(text)
-    parts = urlsplit(_well_formed(text, "amqp", "amqps", "pyamqp"))
-    words = _known_words(parts.query, dict.fromkeys(AMQPS_FILES, ".+") | AMQP_WORDS, parts.scheme)
-    return parts._replace(query=urlencode([pair for pair in words if pair[0] != "heartbeat"])).geturl()
+    parts = _split(text, ("amqp", "amqps", "pyamqp"), dict.fromkeys(AMQPS_FILES, ".+") | AMQP_WORDS)
+    return _without_words(parts, {"heartbeat"})
 
 
-def _well_formed(text: str, *schemes: str) -> str:
-    """The URL. Raises ValueError where it is none, or of another scheme than these."""
+def _split(text: str, schemes: Sequence[str], known: Mapping[str, str]) -> SplitResult:
+    """
+    A URL that has one of these schemes, and only known words with legal values in its query.
+
+    Raises ValueError for any other.
+    """
     scheme = found[1] if (found := re.match(r"([\w+.-]+)://", text)) else ""
     if scheme not in schemes:
         raise ValueError(f"is no URL of this kind (scheme {scheme!r}; wanted {', '.join(schemes)})")
@@ -222,13 +228,7 @@ def _well_formed(text: str, *schemes: str) -> str:
     except ValueError:
         raise ValueError("is no well-formed URL; in a password write / as %2F, ? as %3F and # as %23") from None
     remember_secret(parts.password or "")
-    return text
-
-
-def _known_words(query: str, known: Mapping[str, str], scheme: str) -> list[tuple[str, str]]:
-    """The words of a query. Raises ValueError where one is not known, or has a value that it cannot have."""
-    words = parse_qsl(query, keep_blank_values=True)
-    for key, value in words:
+    for key, value in parse_qsl(parts.query, keep_blank_values=True):
         if key in {"password", "ssl_password"}:
             remember_secret(value)
         if key.startswith("ssl_") and scheme not in TLS_SCHEMES:
@@ -237,38 +237,39 @@ def _known_words(query: str, known: Mapping[str, str], scheme: str) -> list[tupl
             raise ValueError(f"has {key}; {scheme}:// knows {', '.join(known)}")
         if not re.fullmatch(known[key], value):
             raise ValueError(f"has a value of {key} that cannot be")
-    return words
+    return parts
+
+
+def _without_words(parts: SplitResult, names: Container[str]) -> str:
+    """The URL without the words of these names in its query."""
+    kept = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if pair[0] not in names]
+    return parts._replace(query=urlencode(kept)).geturl()
 
 
 def several(url: str) -> list[str]:
-    """Celery takes several brokers in turn, separated by semicolons."""
+    """The brokers of a URL: Celery takes several, separated by semicolons."""
     return re.split(r";(?=\w+://)", url)
 
 
 def amqp_tls(url: str) -> tuple[str, dict[str, object]]:
     """
-    A broker's URL without what its query says about TLS, and that as Celery's `broker_use_ssl`.
+    A broker's URL without its words for TLS, and Celery's `broker_use_ssl` made of them; the latter empty without TLS.
 
-    For amqps:// the server's certificate and its name are checked: py-amqp by itself compares no name, and no URL
-    of its own can name a CA. Of several brokers the first one's files and name count for all. Empty for any other
-    scheme.
+    For amqps:// the server's certificate and its name are checked. py-amqp by itself checks no name, and its URL cannot
+    name a CA. If there are several brokers, the files and the host name of the first one count for all.
     """
     import ssl
 
     url = parse_broker(url)
-    first = urlsplit(several(url)[0])
+    brokers = [urlsplit(one) for one in several(url)]
+    first = brokers[0]
     if first.scheme != "amqps":
         return url, {}
-    files = {AMQPS_FILES[key]: value for key, value in parse_qsl(first.query) if key in AMQPS_FILES}
-    plain = (urlsplit(one) for one in several(url))
-    rest = (
-        one._replace(query=urlencode([pair for pair in parse_qsl(one.query) if pair[0] not in AMQPS_FILES]))
-        for one in plain
-    )
+    files = {AMQPS_FILES[word]: file for word, file in parse_qsl(first.query) if word in AMQPS_FILES}
     tls = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": first.hostname or "localhost", **files}
-    return ";".join(one.geturl() for one in rest), tls
+    return ";".join(_without_words(one, AMQPS_FILES) for one in brokers), tls
 
 
 def digest(*words: str) -> str:
-    """12 hex digits that stand for these words, for names of queues."""
+    """12 hex digits of a hash of these words, for names of queues."""
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
