@@ -1,4 +1,4 @@
-"""The documents as their readers see them: code blocks, code in a line, links, headings."""
+"""The documents: code blocks, code spans, links, headings."""
 
 from __future__ import annotations
 

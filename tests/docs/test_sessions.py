@@ -1,4 +1,4 @@
-"""
+"""Run each ```console block of the documents, command by command, against private servers.
 Each ```console block of the documents is run, command by command, against private servers.
 
 Written for a reader, and read here as follows. A line with `$ ` is a command; a comment `# exits 3` behind it says
@@ -103,7 +103,7 @@ class Situations:
 
 @pytest.fixture
 def situations(database: Database, redis_url: str, tmp_path: Path, run_bootstrap: RunBootstrap) -> Situations:
-    """This test's situations; somebody has to start its worker."""
+    """The situations on the servers of this test. The test starts the worker."""
 
     def init() -> None:
         done = run_bootstrap("init")
@@ -122,7 +122,7 @@ def test_sessions(
     bifrost_env: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """Every command ends with the code that stands behind it, and writes the lines that are shown."""
+    """Every command has the exit code and prints the lines that the document shows."""
     path = f"{Path(sys.executable).parent}:{bifrost_env['PATH']}"
     # The guard would fix what a session is about to show.
     start_worker(env=bifrost_env | {"BIFROST_CACHE_GUARD_INTERVAL": "0"})
@@ -174,7 +174,7 @@ def shows(said: str, shown: list[str], what: str) -> None:
 
 
 def test_shown_lines_are_missed() -> None:
-    """The positive control: times may differ, order and everything else may not."""
+    """Positive control: times may differ, but neither order nor anything else."""
     said = "log line\nready in 12.34s: schema at 0002\n  done\n"
     shows(said, ["ready in 0.1s: schema at …", "  done"], "as it is")
     for wrong in (["ready in 1s: schema at 0003"], ["  done", "ready in 0.1s: schema at 0002"], ["ready"], [""]):

@@ -1,4 +1,4 @@
-"""What the documents name exists: links, files, variables, exit codes, commands and their options, Compose services."""
+"""What the documents name exists: links, files, variables, exit codes, commands with options, Compose services."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ each = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda one: one.name)
 
 @each
 def test_links_lead_somewhere(document: Document) -> None:
-    """Each relative link names a file of the checkout, and behind "#" one of its headings."""
+    """Each relative link leads to a file of the checkout; after "#", to one of its headings."""
     for target in document.links:
         file, _, anchor = target.partition("#")
         path = (document.file.parent / file).resolve() if file else document.file
@@ -53,7 +53,7 @@ def test_files_exist(document: Document) -> None:
 
 @each
 def test_variables_exist(document: Document) -> None:
-    """Each BIFROST_… variable is a setting, or one that the files know where it is at home."""
+    """Each BIFROST_… variable is a setting, or is defined in one of OTHER_HOMES."""
     known = {f"BIFROST_{name.upper()}{suffix}" for name in Settings.model_fields for suffix in ("", "_FILE")}
     for home in OTHER_HOMES:
         known |= set(re.findall(r"BIFROST_[A-Z_]+", (CHECKOUT / home).read_text()))
@@ -62,7 +62,7 @@ def test_variables_exist(document: Document) -> None:
 
 @each
 def test_exit_codes_exist(document: Document) -> None:
-    """Each exit code is one of the contract, and a table of them has them all."""
+    """Each exit code is one of the contract. A table of exit codes has all of them."""
     spoken = r"\bexit(?:s|ed|ing)?(?: codes?)?(?: with)? (\d+)\b|\bends with (\d+)\b"
     codes = {int(code) for pair in re.findall(spoken, document.text) for code in pair if code}
     assert codes <= set(ExitCode), document.name
@@ -73,7 +73,7 @@ def test_exit_codes_exist(document: Document) -> None:
 
 @each
 def test_commands_are_ones(document: Document) -> None:
-    """The command line accepts each command of ours with the options that are shown."""
+    """The command line accepts each command with the options that are shown."""
     for words in command_lines(document):
         try:
             parse(words)
@@ -82,7 +82,7 @@ def test_commands_are_ones(document: Document) -> None:
 
 
 def test_commands_are_found_and_refused() -> None:
-    """The positive control of the test above: commands are found, and a wrong one is refused."""
+    """Positive control of the test above: commands are found, and a wrong one is rejected."""
     found = {words[0] for document in DOCUMENTS for words in command_lines(document)}
     assert {"init", "check", "rewarm", "worker"} <= found
     for wrong in (["init", "--with-workers"], ["warm"], ["check", "--wait", "soon"]):
@@ -111,7 +111,7 @@ def test_the_changelog_has_our_version() -> None:
 
 @each
 def test_tasks_exist(document: Document) -> None:
-    """Each task that is called by name is one."""
+    """Each task that is called by name exists."""
     called = set(re.findall(r"\bcall (\S+?)[)`\s]", document.text))
     assert {name for name in called if "." in name} <= {MIGRATE, WARM}
 
@@ -132,7 +132,7 @@ def yaml_blocks() -> list[Any]:
 
 @pytest.mark.parametrize("block", yaml_blocks())
 def test_yaml_is_what_we_ship(block: Block) -> None:
-    """A Compose snippet has the keys and conditions of our Compose files, any other is part of a file that we ship."""
+    """A Compose snippet has keys and conditions of our Compose files. Other YAML is part of a file that we ship."""
     shown = yaml.safe_load(block.text)
     if "services" in shown:
         for name, service in shown["services"].items():
@@ -198,7 +198,7 @@ def parse(words: list[str]) -> None:
 
 @each
 def test_every_block_is_run(document: Document) -> None:
-    """Each block of commands or YAML has a comment above it that names it, and a test that takes it by that name."""
+    """Each block of commands or YAML has a comment with its name, and a test that runs this name."""
     assert len(re.findall(r"^ *```", document.text, re.MULTILINE)) == 2 * len(document.blocks), document.name
     for block in document.blocks:
         assert block.language in {"console", "sh", "yaml", "text"}, block.where
@@ -214,20 +214,20 @@ def is_taken(block: Block) -> bool:
 
 
 def test_a_block_that_nobody_runs_is_found() -> None:
-    """The positive control of the test above."""
+    """Positive control of the test above."""
     for note in ("", "compose", "compose: tried by hand", "kube: try it out", "tests: try it out"):
         assert not is_taken(Block("here", "sh", note, ()))
     assert is_taken(Block("here", "sh", "compose: try it out", ()))
 
 
 def test_the_same_is_shown_in_the_same_words() -> None:
-    """Blocks below the same comment are equal: one that is run stands for the others."""
+    """Blocks with the same comment are equal, so one run stands for all."""
     shown: dict[str, str] = {}
     for block in (block for document in DOCUMENTS for block in document.blocks if block.note.partition(": ")[2]):
         assert shown.setdefault(block.note, block.text) == block.text, block.where
 
 
 def test_every_document_is_read() -> None:
-    """The documents that have to be there are."""
+    """The documents that must exist are found."""
     names = {Path(document.name) for document in DOCUMENTS}
     assert {Path("README.md"), Path("docs/operations.md"), Path("docs/architecture.md")} <= names

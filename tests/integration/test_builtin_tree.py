@@ -1,4 +1,4 @@
-"""The tree that the package ships, run by Alembic itself."""
+"""The built-in tree, run by Alembic itself."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MODULES = "entity_type = 'module' AND NOT is_deleted AND content IS NOT NULL"
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[EmbeddedServers]:
-    """A PostgreSQL of our own; its Redis is not used."""
+    """A private PostgreSQL."""
     with embedded_servers() as servers:
         yield servers
 
 
 @pytest.fixture
 def database_url(servers: EmbeddedServers) -> Iterator[str]:
-    """An empty database."""
+    """The URL of an empty database."""
     with psycopg.connect(servers.database_url, autocommit=True) as session:
         session.execute("CREATE DATABASE builtin_tree")
         yield servers.database_url.removesuffix("/postgres") + "/builtin_tree"
@@ -60,14 +60,14 @@ def rows(url: str, query: str) -> list[tuple[object, ...]]:
 
 @pytest.fixture
 def migrated_url(database_url: str) -> str:
-    """A database at head."""
+    """The URL of a database at head."""
     done = alembic("upgrade", "head", url=database_url)
     assert done.returncode == 0, done.stderr
     return database_url
 
 
 def test_upgrade_of_an_empty_database(migrated_url: str) -> None:
-    """From empty to head in one upgrade: the table of the contract, each column with its type, null and default."""
+    """One upgrade from empty to head creates the table of the contract, with type, NULL and default of each column."""
     assert rows(migrated_url, "SELECT version_num FROM alembic_version") == [("0002",)]
     columns = rows(
         migrated_url,
@@ -90,14 +90,14 @@ def test_upgrade_of_an_empty_database(migrated_url: str) -> None:
 
 
 def test_second_upgrade_does_nothing(migrated_url: str) -> None:
-    """At head an upgrade runs no revision."""
+    """At head, an upgrade runs no revision."""
     done = alembic("upgrade", "head", url=migrated_url)
     assert done.returncode == 0, done.stderr
     assert rows(migrated_url, "SELECT version_num FROM alembic_version") == [("0002",)]
 
 
 def test_path_is_unique_by_a_named_constraint(migrated_url: str) -> None:
-    """A second row of the same path is refused by `uq_workspace_files_path`, and the key has its name."""
+    """`uq_workspace_files_path` rejects a second row with the same path. The primary key is named too."""
     with psycopg.connect(migrated_url) as session:
         session.execute("INSERT INTO workspace_files (path) VALUES ('a.py')")
         with pytest.raises(psycopg.errors.UniqueViolation) as refused:
@@ -108,7 +108,7 @@ def test_path_is_unique_by_a_named_constraint(migrated_url: str) -> None:
 
 
 def test_partial_index_serves_the_query_of_a_warm(migrated_url: str) -> None:
-    """The index holds the modules only and in order of path, and PostgreSQL uses it for what a warm asks."""
+    """The index contains only modules, sorted by path, and PostgreSQL uses it for the query of a warm."""
     with psycopg.connect(migrated_url) as session:
         session.execute(
             """INSERT INTO workspace_files (path, content, entity_type)
@@ -123,7 +123,7 @@ def test_partial_index_serves_the_query_of_a_warm(migrated_url: str) -> None:
 
 
 def test_each_revision_has_a_transaction_of_its_own(database_url: str) -> None:
-    """When the second revision fails, the first stays applied and recorded."""
+    """If the second revision fails, the first stays applied and recorded."""
     with psycopg.connect(database_url) as session:
         session.execute("CREATE TABLE ix_workspace_files_modules ()")
     failed = alembic("upgrade", "head", url=database_url)
@@ -142,7 +142,7 @@ def test_each_revision_has_a_transaction_of_its_own(database_url: str) -> None:
     ],
 )
 def test_url_of_any_driver(database_url: str, driver: str, query: str) -> None:
-    """The URL is taken as operators write it for another driver, with that driver's parameters."""
+    """A URL with the driver suffix and the parameters of another driver works."""
     url = database_url.replace("postgresql", driver, 1) + query
     done = alembic("upgrade", "head", url=url)
     assert done.returncode == 0, done.stderr
@@ -150,14 +150,14 @@ def test_url_of_any_driver(database_url: str, driver: str, query: str) -> None:
 
 
 def test_ssl_is_read_as_sslmode(database_url: str) -> None:
-    """`ssl=require` is not dropped: a server without TLS is refused."""
+    """`ssl=require` counts: a server without TLS is rejected."""
     failed = alembic("upgrade", "head", url=f"{database_url}?ssl=require")
     assert failed.returncode != 0
     assert "server does not support SSL" in failed.stderr
 
 
 def test_downgrade_and_up_again(migrated_url: str) -> None:
-    """Down to the base nothing is left but Alembic's own table, and up again works."""
+    """A downgrade to base leaves only alembic_version, and an upgrade works again."""
     assert alembic("downgrade", "base", url=migrated_url).returncode == 0
     tables = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'"
     assert rows(migrated_url, tables) == [("alembic_version",)]
@@ -165,7 +165,7 @@ def test_downgrade_and_up_again(migrated_url: str) -> None:
 
 
 def test_sql_needs_no_database(database_url: str) -> None:
-    """`--sql` prints a script without any URL, and that script makes the schema."""
+    """`--sql` prints a script without any URL, and the script creates the schema."""
     script = alembic("upgrade", "head", "--sql")
     assert script.returncode == 0, script.stderr
     with psycopg.connect(database_url, autocommit=True) as session:
@@ -175,7 +175,7 @@ def test_sql_needs_no_database(database_url: str) -> None:
 
 
 def test_new_revision_from_the_template(tmp_path: Path, database_url: str) -> None:
-    """`alembic revision` writes a revision on top of the head that upgrades as it is."""
+    """`alembic revision` writes a revision that can be applied unchanged."""
     tree = shutil.copytree(TREE, tmp_path / "tree")
     made = alembic("revision", "-m", "Add a table", "--rev-id", "0003", tree=tree)
     assert made.returncode == 0, made.stderr

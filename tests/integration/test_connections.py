@@ -1,4 +1,4 @@
-"""Connections of our own: what a refusal, an absence and a missing right become, and that no password is told."""
+"""Our connections: rejected login, unavailable server and missing right are different errors, without the password."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def ask(url: str, *queries: LiteralString) -> None:
     ],
     ids=["password", "user", "database", "away", "no TLS"],
 )
-def test_postgres_that_does_not_let_us_in(
+def test_postgres_rejects_or_is_unavailable(
     change: Callable[[str], str], error: type[BootstrapError], words: str, database: Database
 ) -> None:
-    """Refused logins and databases, and servers that are away, are told apart, with address and the server's words."""
+    """A rejected login, a missing database and an unavailable server are different errors with address and
+    text of the server.
+    """
     ask(database.url, "SELECT 1")  # the control
     with pytest.raises(error, match=words) as failed:
         ask(change(database.url), "SELECT 1")
@@ -54,24 +56,24 @@ def test_postgres_that_does_not_let_us_in(
     assert not leaks_in(str(failed.value))
 
 
-def test_postgres_right_too_few(database: Database, postgres: Postgres) -> None:
-    """A right that is missing is a refusal that names the object."""
+def test_postgres_missing_right(database: Database, postgres: Postgres) -> None:
+    """A missing right is a rejection that names the object."""
     with postgres.admin(database.name) as admin:
         admin.execute("CREATE TABLE closed ()")
     with pytest.raises(RefusedError, match="permission denied for table closed"):
         ask(database.url, "SELECT count(*) FROM closed")
 
 
-def test_postgres_that_goes_away_in_between(database: Database) -> None:
-    """A session that the server ends is a server that was away."""
+def test_postgres_ends_the_session(database: Database) -> None:
+    """If the server ends the session, the server is unavailable."""
     with pytest.raises(UnavailableError, match=r"terminating connection|closed"):
         ask(database.url, "SELECT pg_terminate_backend(pg_backend_pid())", "SELECT 1")
 
 
 @pytest.mark.parametrize("query", ["", "?application_name=mine"])
 def test_sessions_are_named_and_leave_nothing_behind(query: str, database: Database) -> None:
-    """`pg_stat_activity` shows who we are, whatever name the URL has; no statement is prepared, and the session is gone
-    afterwards.
+    """`pg_stat_activity` has our application name, whatever the URL says. No statement is prepared, and the
+    session is closed afterwards.
     """
     with ours.connect(parse_postgres(database.url + query), "test") as connection:
         for _ in range(20):
@@ -85,7 +87,7 @@ def test_sessions_are_named_and_leave_nothing_behind(query: str, database: Datab
 
 @pytest.mark.parametrize("table", ["alembic_version", "other.alembic_version"])
 def test_database_heads(table: str, database: Database) -> None:
-    """None where the table is absent or empty; every row of it otherwise, also in another schema."""
+    """None if the table is missing or empty; else every row, also in another schema."""
     url: PostgresUrl = parse_postgres(database.url)
 
     def heads(*, autocommit: bool) -> tuple[str, ...]:
@@ -115,8 +117,8 @@ def command(url: str, *words: str) -> None:
         client.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
-def test_redis_that_does_not_let_us_in(redis: RedisAddress, redis_url: str) -> None:
-    """A refused password, a missing login and a server that is away are told apart, with the address."""
+def test_redis_rejects_or_is_unavailable(redis: RedisAddress, redis_url: str) -> None:
+    """A wrong password, a missing login and an unavailable server are different errors with the address."""
     ping(redis_url)  # the control
     port = urlsplit(redis_url).port
     for url, error, words in [
@@ -130,8 +132,8 @@ def test_redis_that_does_not_let_us_in(redis: RedisAddress, redis_url: str) -> N
         assert not leaks_in(str(failed.value))
 
 
-def test_redis_right_too_few(redis: RedisAddress, redis_url: str) -> None:
-    """A user of an ACL that lacks a command is refused by name."""
+def test_redis_missing_right(redis: RedisAddress, redis_url: str) -> None:
+    """A user whose ACL lacks a command is rejected; the error names the command."""
     with redis.client() as admin:
         admin.acl_setuser(
             "reader",
@@ -149,8 +151,8 @@ def test_redis_right_too_few(redis: RedisAddress, redis_url: str) -> None:
             admin.acl_deluser("reader")
 
 
-def test_redis_says_no(redis_url: str) -> None:
-    """Another error of Redis is a failed warm with its words, and the server's address."""
+def test_redis_other_error(redis_url: str) -> None:
+    """Another error of Redis is a failed warm with the error text and the address."""
     command(redis_url, "SET", "key", "value")
     with pytest.raises(WarmError, match=r"Redis 127\.0\.0\.1:.* WRONGTYPE"):
         command(redis_url, "SMEMBERS", "key")
@@ -170,7 +172,7 @@ def test_redis_in_words(url: str, text: str) -> None:
 
 
 def test_redis_by_the_names_of_valkey(redis_url: str) -> None:
-    """`valkey://` is the same server."""
+    """`valkey://` is the same as `redis://`."""
     ping(redis_url.replace("redis://", "valkey://"))
     with redis_py.Redis.from_url(redis_server.celery_url(redis_url.replace("redis://", "valkey://"))) as client:
         assert client.ping()

@@ -1,4 +1,4 @@
-"""The throw-away servers of `--embedded`: they serve, and whatever happens nothing of them is left."""
+"""The private servers of `--embedded`: they work, and nothing of them is left, whatever happens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ with embedded_servers() as servers:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder for temporary files that every user may write to, as `/tmp`, but nobody else does."""
+    """A temporary folder that every user may write to, like `/tmp`."""
     with tempfile.TemporaryDirectory(prefix="bifrost-test-", dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o1777)
@@ -121,7 +121,7 @@ def wait_until_gone(folder: Path, memory: set[str]) -> None:
 
 
 def test_they_serve(servers: EmbeddedServers) -> None:
-    """Both URLs work as they are: SQL with UTF-8 in PostgreSQL, SET and GET in Valkey."""
+    """Both URLs work: SQL with UTF-8 in PostgreSQL, SET and GET in Valkey."""
     with psycopg.connect(servers.database_url) as session:
         row = session.execute("SELECT '世界', current_setting('server_encoding')").fetchone()
     assert row == ("世界", "UTF8")
@@ -131,7 +131,7 @@ def test_they_serve(servers: EmbeddedServers) -> None:
 
 
 def test_only_this_host_and_only_with_the_password(servers: EmbeddedServers) -> None:
-    """Both listen on 127.0.0.1 and nowhere else, refuse whoever has no password, and no repr shows it."""
+    """Both listen on 127.0.0.1 only, reject clients without password, and no repr contains the password."""
     for url in (servers.database_url, servers.redis_url):
         parts = urlsplit(url)
         assert parts.port
@@ -156,7 +156,7 @@ def test_only_this_host_and_only_with_the_password(servers: EmbeddedServers) -> 
 
 
 def test_servers_know_nothing_of_our_environment(servers: EmbeddedServers) -> None:
-    """Nothing of our environment is handed to the servers, and no command line holds the password."""
+    """The servers do not inherit our environment, and no command line contains the password."""
     with psycopg.connect(servers.database_url) as session:
         ((data,),) = session.execute("SHOW data_directory").fetchall()
     found = [(process, words) for process, words in processes(Path(data).parent) if "reaper" not in words]
@@ -168,7 +168,7 @@ def test_servers_know_nothing_of_our_environment(servers: EmbeddedServers) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a port cannot be held for another socket")
 def test_port_is_ours_before_its_server_listens() -> None:
-    """Nobody else is given the port meanwhile, but a server with SO_REUSEADDR, as ours are, may listen on it."""
+    """No other process gets the port meanwhile, but a server with SO_REUSEADDR can listen on it."""
     with _port() as port, socket.socket() as stranger, socket.socket() as server:
         with pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
@@ -178,7 +178,7 @@ def test_port_is_ours_before_its_server_listens() -> None:
 
 
 def test_two_at_once(servers: EmbeddedServers) -> None:
-    """Two contexts have servers, ports and data of their own."""
+    """Two contexts have different servers, ports and data."""
     with embedded_servers() as others, redis.Redis.from_url(others.redis_url) as client:
         assert others.database_url != servers.database_url
         client.set("whose", "others")
@@ -191,7 +191,7 @@ def test_two_at_once(servers: EmbeddedServers) -> None:
 
 @pytest.mark.parametrize("end", ["return", "raise", "SIGINT", "SIGTERM"])
 def test_nothing_is_left_after_the_end(folder: Path, end: str) -> None:
-    """A return, an exception, Ctrl-C and SIGTERM in an open transaction leave no process, file or memory."""
+    """Return, exception, Ctrl-C and SIGTERM in an open transaction leave no process, file or shared memory."""
     with command(folder) as process:
         assert process.stdout
         assert process.stdout.readline() == "up\n"
@@ -210,7 +210,7 @@ def test_nothing_is_left_after_the_end(folder: Path, end: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fork", [False, True], ids=["alone", "with a forked child that lives on"])
 def test_nothing_is_left_after_sigkill(folder: Path, fork: bool) -> None:
-    """Servers whose caller was killed with SIGKILL end and take their folder and shared memory with them."""
+    """After SIGKILL of the caller, the servers end and remove their folder and shared memory."""
     with command(folder, *["fork"] * fork) as process:
         assert process.stdout
         assert process.stdout.readline() == "up\n"
@@ -228,7 +228,7 @@ def test_nothing_is_left_after_sigkill(folder: Path, fork: bool) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("stage", ["", "data/PG_VERSION", "data/global/pg_control", "data/postmaster.pid"])
 def test_nothing_is_left_when_it_ends_while_starting(folder: Path, stage: str, number: signal.Signals) -> None:
-    """A signal at any stage of the start, before and during initdb and after it, leaves nothing."""
+    """A signal at any moment of the start, before, during and after initdb, leaves nothing."""
     with command(folder) as process:
         while not list(folder.glob(f"bifrost-*/{stage}")):
             assert process.poll() is None, process.communicate()
@@ -240,7 +240,7 @@ def test_nothing_is_left_when_it_ends_while_starting(folder: Path, stage: str, n
 
 @pytest.mark.slow
 def test_nothing_is_left_without_the_reaper(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where somebody killed the reaper, the end of the context stops the servers all the same."""
+    """If the reaper was killed, the end of the context stops the servers."""
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     with embedded_servers():
         used = memory(folder)
@@ -251,7 +251,7 @@ def test_nothing_is_left_without_the_reaper(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="every other test here runs as an ordinary user then")
 def test_as_an_ordinary_user(folder: Path) -> None:
-    """They start and end for a user without any right, too."""
+    """They start and stop for a user without any right."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         # Not where they are: nobody else may be allowed into this checkout.
         wheels = linked_wheels(Path(name))
@@ -264,7 +264,7 @@ def test_as_an_ordinary_user(folder: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only as root do the servers run as somebody else")
 def test_as_root_with_wheels_where_only_root_may_go(folder: Path, tmp_path: Path) -> None:
-    """Wheels in a private folder of root's serve the user `nobody`, and the folder stays private."""
+    """Wheels in a private folder of root work for the user `nobody`, and the folder stays private."""
     wheels = linked_wheels(tmp_path / "private")
     wheels.chmod(0o700)
     with command(folder, path=wheels) as process:
@@ -275,7 +275,7 @@ def test_as_root_with_wheels_where_only_root_may_go(folder: Path, tmp_path: Path
 
 
 def test_missing_wheels_are_named() -> None:
-    """Without the extra the fault says how to install it."""
+    """Without the extra, the error says how to install it."""
     source = "from bifrost_bootstrap.dev.embedded import embedded_servers\nwith embedded_servers(): pass"
     # -S: without the installed packages.
     failed = subprocess.run(
@@ -300,7 +300,7 @@ def test_missing_wheels_are_named() -> None:
 def test_a_server_that_does_not_start_is_reported_with_its_words(
     folder: Path, program: str, failing: str, server: str
 ) -> None:
-    """The error names the program that ended and its last words, and nothing is left."""
+    """The error has the program that exited and its last output. Nothing is left."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         wheels = linked_wheels(Path(name))
         wheels.chmod(0o755)

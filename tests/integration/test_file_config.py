@@ -1,4 +1,4 @@
-"""A tree's `fileConfig` and its prints stay in the tree's own process."""
+"""`fileConfig` and the prints of a tree affect only the process of the tree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger.info("after")
 def test_migration_does_not_silence_us(
     foreign_tree: Path, database: Database, clean_env: dict[str, str], run_command: RunCommand
 ) -> None:
-    """After a migration whose env.py disables every logger our lines still come, and its prints are not on stdout."""
+    """After a migration whose env.py disables every logger, our log continues, and its prints are not on stdout."""
     env_py = foreign_tree.parent / "alembic" / "env.py"
     env_py.write_text("print('printed by env.py')\n" + env_py.read_text())
     env = clean_env | {"BIFROST_DATABASE_URL": database.url, "BIFROST_ALEMBIC_CONFIG": str(foreign_tree)}
@@ -39,7 +39,7 @@ def test_migration_does_not_silence_us(
 
 
 def test_control_file_config_in_our_process_would(foreign_tree: Path) -> None:
-    """The control: the same `fileConfig` in one process does silence a logger that was there before."""
+    """Positive control: the same `fileConfig` in our process disables an existing logger."""
     code = (
         "import logging, sys\nfrom logging.config import fileConfig\n"
         "logger = logging.getLogger('bifrost_bootstrap.x')\nfileConfig(sys.argv[1])\nprint(logger.disabled)"

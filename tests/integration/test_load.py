@@ -1,4 +1,4 @@
-"""`load DIR`: files become rows, again and again, and nothing is ever deleted."""
+"""`load DIR` turns files into rows, repeatedly, and never deletes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.servers import Database
 
 @pytest.fixture
 def table(database: Database) -> Database:
-    """A database with the table of the contract, as the platform has it."""
+    """A database with the table of the contract, as the platform creates it."""
     database.execute(
         "CREATE TABLE workspace_files (id uuid DEFAULT gen_random_uuid(), path varchar(1000) UNIQUE, content text,"
         " content_hash varchar(64), entity_type text, is_deleted bool NOT NULL DEFAULT false,"
@@ -37,7 +37,7 @@ def rows(database: Database) -> list[tuple[object, ...]]:
 
 
 def test_files_become_modules(table: Database, tmp_path: Path) -> None:
-    """Every .py file is a row by its path with its true hash; other files, and folders named so, are left out."""
+    """Every .py file becomes a row with its path and hash. Other files, and folders named `*.py`, are ignored."""
     content = "# Grüße\r\n'''100 %s {}'''\n"
     folder = write(tmp_path, {"a/b.py": content.encode(), "a/__init__.py": b"", "a/notes.txt": b"x"})
     (folder / "folder.py").mkdir()
@@ -52,7 +52,7 @@ def test_files_become_modules(table: Database, tmp_path: Path) -> None:
 
 
 def test_only_what_changed_is_written(table: Database, tmp_path: Path) -> None:
-    """A second load writes nothing, a third the changed file alone; a file that is gone keeps its row."""
+    """A second load writes nothing, a third one only the changed file. The row of a deleted file stays."""
     folder = write(tmp_path, {"a.py": b"1", "b.py": b"1"})
     settings = Settings.model_validate({"database_url": table.url})
     assert load(settings, folder).written == 2
@@ -66,7 +66,7 @@ def test_only_what_changed_is_written(table: Database, tmp_path: Path) -> None:
 
 
 def test_deleted_row_comes_back(table: Database, tmp_path: Path) -> None:
-    """A row marked as deleted, or of another type, is a module again when its file is loaded."""
+    """Loading its file makes a row a module again, if it is marked as deleted or has another type."""
     settings, folder = Settings.model_validate({"database_url": table.url}), write(tmp_path, {"a.py": b"1"})
     load(settings, folder)
     table.execute("UPDATE workspace_files SET is_deleted = true, entity_type = 'file'")
@@ -75,7 +75,7 @@ def test_deleted_row_comes_back(table: Database, tmp_path: Path) -> None:
 
 
 def test_files_that_a_row_cannot_hold_are_named(table: Database, tmp_path: Path) -> None:
-    """NUL bytes, other encodings and longer paths are skipped by name, and the rest is loaded."""
+    """Files with NUL bytes, another encoding or a longer path are skipped and named. The others are loaded."""
     long = "/".join(["d" * 200] * 5) + "/long.py"
     folder = write(tmp_path, {"good.py": b"", "nul.py": b"a\0b", "latin.py": b"\xe4 = 1", long: b""})
     result = load(Settings.model_validate({"database_url": table.url}), folder)
@@ -85,7 +85,7 @@ def test_files_that_a_row_cannot_hold_are_named(table: Database, tmp_path: Path)
 
 
 def test_name_that_is_no_text_is_named(table: Database, tmp_path: Path) -> None:
-    """A file name of other bytes is skipped by name."""
+    """A file name that is not UTF-8 is skipped and named."""
     (tmp_path / "\udcff.py").write_bytes(b"")
     result = load(Settings.model_validate({"database_url": table.url}), write(tmp_path, {"good.py": b""}))
     assert result.written == 1
@@ -93,13 +93,13 @@ def test_name_that_is_no_text_is_named(table: Database, tmp_path: Path) -> None:
 
 
 def test_empty_folder(table: Database, tmp_path: Path) -> None:
-    """Nothing to load is a result."""
+    """An empty folder is a success."""
     result = load(Settings.model_validate({"database_url": table.url}), tmp_path)
     assert (result.files, result.written, result.skipped) == (0, 0, [])
 
 
 def test_no_table_and_no_folder(database: Database, tmp_path: Path) -> None:
-    """Without the table init has to run first; without the folder it is a fault of the call."""
+    """Without the table, the error says to run init first. Without the folder, it is a usage error."""
     with pytest.raises(SettingsError, match=r"neither table workspace_files nor file_index.*; run init first"):
         load(Settings.model_validate({"database_url": database.url}), write(tmp_path, {"a.py": b""}))
     with pytest.raises(SettingsError, match="gone is no folder"):
@@ -107,7 +107,7 @@ def test_no_table_and_no_folder(database: Database, tmp_path: Path) -> None:
 
 
 def test_load_into_file_index(table: Database, tmp_path: Path) -> None:
-    """The newer of the platform's tables gets the same rows, and unchanged ones are not written again."""
+    """In the newer table the rows are the same, and unchanged ones are not written again."""
     table.execute("DROP TABLE workspace_files")
     table.execute(
         "CREATE TABLE file_index (path varchar(1000) PRIMARY KEY, content text, content_hash varchar(64),"

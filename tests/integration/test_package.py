@@ -1,4 +1,4 @@
-"""Wheel and sdist hold what the program needs, and it works where there is nothing but them."""
+"""Wheel and sdist contain what the program needs, and the installed program works alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDED = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist of this checkout, built from a copy of it."""
+    """A folder with wheel and sdist, built from a copy of this checkout."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False).stdout
@@ -46,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_contents(built: Path) -> None:
-    """Both have everything that is needed at run time; the wheel has nothing beside it."""
+    """Both contain everything for run time, and the wheel contains nothing else."""
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     assert names >= NEEDED
@@ -62,7 +62,7 @@ def test_contents(built: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheels(built: Path) -> dict[str, Path]:
-    """The wheel, and the one that is built from nothing but the sdist."""
+    """The wheel, and the wheel that is built from the sdist."""
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         sdist.extractall(built / "unpacked", filter="data")
     (source,) = (built / "unpacked").iterdir()
@@ -73,7 +73,7 @@ def wheels(built: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_it_works_on_its_own(wheels: dict[str, Path], kind: str, run_command: RunCommand, tmp_path: Path) -> None:
-    """Installed by pip, the main job and Celery's own commands run in an empty folder with an empty environment."""
+    """After `pip install`, the main job and Celery's commands work in an empty folder with an empty environment."""
     place, empty = tmp_path / "place", tmp_path / "empty"
     empty.mkdir()
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(place), str(wheels[kind])]

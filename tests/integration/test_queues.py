@@ -1,4 +1,4 @@
-"""The queues in the broker: declared with arguments that never change, and routed for both tasks."""
+"""The queues in the broker: constant arguments, and routing of both tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with app.connection_for_write() as connection:
 def test_queues_are_declared_the_same_twice(
     run_command: RunCommand, bifrost_env: dict[str, str], rabbitmq_url: str
 ) -> None:
-    """Two processes declare both queues without a 406, and the arguments in the broker are those of the contract."""
+    """Two processes declare both queues without a 406. The arguments in the broker are those of the contract."""
     for _ in range(2):
         done = run_command([sys.executable, "-c", DECLARE], env=bifrost_env)
         assert done.returncode == 0, done.stderr
@@ -61,7 +61,9 @@ print(json.dumps({"migrate": sent.migrate, "warm": sent.warm}))
 def test_both_tasks_of_a_chain_are_routed(
     run_command: RunCommand, bifrost_env: dict[str, str], rabbitmq_url: str
 ) -> None:
-    """The message of migrate carries the warm for the same queue: a queue given to the call routes only the first."""
+    """The message of migrate has the same queue for the warm. (A queue given to the call routes only the first
+    task.)
+    """
     name = f"{QUEUE}.0123456789ab"
     done = run_command([sys.executable, "-c", SEND, name], env=bifrost_env)
     assert done.returncode == 0, done.stderr

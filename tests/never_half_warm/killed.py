@@ -1,4 +1,4 @@
-"""A warm in a process of its own that is killed at a point. Arguments: point, how often it is passed, LARGE_FILL."""
+"""Run a warm that kills itself. Arguments: the point, how often it is passed before the kill, LARGE_FILL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W1: after a warm the cache equals the rows, whatever they hold."""
+"""W1: after a warm, the cache equals the rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ MODULES = st.dictionaries(PATHS, st.text(TEXT, max_size=60), max_size=8)
 @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(modules=MODULES, full=st.booleans())
 def test_w01_cache_equals_rows_for_any_rows(store: ModuleStore, modules: dict[str, str], full: bool) -> None:
-    """Whatever the cache held before (the last example's rows), it equals the rows afterwards; a second warm agrees."""
+    """The cache held the rows of the last example. After a warm it equals the new rows, and a second warm
+    finds no difference.
+    """
     store.database.execute("DELETE FROM workspace_files")
     store.put(modules)
     store.warm(full=full, allow_shrink=True)
@@ -35,7 +37,7 @@ def test_w01_cache_equals_rows_for_any_rows(store: ModuleStore, modules: dict[st
 
 
 def test_w01_database_of_another_encoding(postgres: Postgres, make_store: MakeStore, redis_url: str) -> None:
-    """The cache is UTF-8 whatever the database is, also where a hash has to be computed; a second warm agrees."""
+    """The cache is UTF-8 in any encoding of the database, also if the hash has to be computed."""
     database = Database(postgres, f"latin1_{secrets.token_hex(4)}")
     with postgres.admin() as connection:
         connection.execute(
@@ -56,14 +58,14 @@ def test_w01_database_of_another_encoding(postgres: Postgres, make_store: MakeSt
 
 
 def test_w01_large_module_and_empty_one(store: ModuleStore) -> None:
-    """A module of 50 MB and an empty one are modules like any other."""
+    """A module of 50 MB and an empty module are cached like any other."""
     store.put({"large.py": "# ünïcode\n" * 5_000_000, "pkg/__init__.py": ""})
     assert store.warm().modules == 2
     store.assert_exact()
 
 
 def test_w01_what_is_no_module_is_not_cached(store: ModuleStore) -> None:
-    """Deleted rows, rows without content and other kinds of files have no entry, and lose the one they had."""
+    """Deleted rows, rows without content and other types have no entry. An entry that they had is removed."""
     store.put(dict.fromkeys(("kept", "deleted", "emptied", "other"), "x = 1"))
     store.warm()
     store.remove("deleted")
@@ -74,8 +76,10 @@ def test_w01_what_is_no_module_is_not_cached(store: ModuleStore) -> None:
     assert set(store.module_keys()) == {INDEX, ENTRY + b"kept"}
 
 
-def test_w01_path_of_the_index_is_refused_and_named(store: ModuleStore, caplog: pytest.LogCaptureFixture) -> None:
-    """A module whose entry would be the index is left out, named in log and result, and the index stays one."""
+def test_w01_module_with_the_path_of_the_index_is_left_out(
+    store: ModuleStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A module with the path `index` is left out and named in log and result. The index stays a set."""
     store.put({"index": "x = 1", "a.py": "y = 2"})
     with caplog.at_level(logging.WARNING):
         result = store.warm()
@@ -86,7 +90,7 @@ def test_w01_path_of_the_index_is_refused_and_named(store: ModuleStore, caplog: 
 
 
 def test_w01_row_without_a_path_is_named(store: ModuleStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Where a platform's table lets a path be null, such a module is left out and named, and hinders no other."""
+    """If the column allows NULL, a module without path is left out and named. The other modules are cached."""
     store.database.execute("ALTER TABLE workspace_files ALTER path DROP NOT NULL")
     store.put({"a.py": "x = 1"})
     store.database.execute("INSERT INTO workspace_files (content, entity_type) VALUES ('y = 2', 'module')")
@@ -99,8 +103,8 @@ def test_w01_row_without_a_path_is_named(store: ModuleStore, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("content_hash", [None, "", "abc", "Z" * 64, "é" * 64])
-def test_w01_hash_that_is_none_is_computed(store: ModuleStore, content_hash: str | None) -> None:
-    """Where `content_hash` is no sha-256 the entry has the right one, and the next warm finds no difference."""
+def test_w01_invalid_hash_is_computed(store: ModuleStore, content_hash: str | None) -> None:
+    """If `content_hash` is not a SHA-256, the entry has the right hash, and the next warm finds no difference."""
     store.put({"a.py": "x = 1"})
     store.database.execute("UPDATE workspace_files SET content_hash = %s", [content_hash])
     store.warm()
@@ -112,7 +116,7 @@ def test_w01_hash_that_is_none_is_computed(store: ModuleStore, content_hash: str
 
 
 def test_w01_hash_in_capitals_is_the_same_hash(store: ModuleStore) -> None:
-    """Hex digits are digits in either case: such a row is trusted, and its entry has small letters."""
+    """A hash with capital letters is trusted. The entry has it in lower case."""
     store.put({"a.py": "x = 1"})
     store.database.execute("UPDATE workspace_files SET content_hash = upper(content_hash)")
     store.warm()
@@ -124,7 +128,9 @@ def test_w01_hash_in_capitals_is_the_same_hash(store: ModuleStore) -> None:
 
 
 def test_w01_full_trusts_no_hash(store: ModuleStore) -> None:
-    """A hash that lies hides a change from a warm, not from a full one, and what that wrote is left alone."""
+    """A wrong hash hides a change from a warm, but not from a full warm. The next warm does not change the
+    entry again.
+    """
     store.put({"a.py": "x = 1"})
     store.warm()
     store.database.execute("UPDATE workspace_files SET content = 'x = 2'")
@@ -136,8 +142,8 @@ def test_w01_full_trusts_no_hash(store: ModuleStore) -> None:
     store.assert_exact()
 
 
-def test_w01_whatever_lies_in_the_cache_is_put_right(store: ModuleStore) -> None:
-    """Entries of another type, broken ones, none at all, and indexed paths that are not even text."""
+def test_w01_broken_entries_are_replaced(store: ModuleStore) -> None:
+    """Entries of another type, invalid entries, missing entries, and indexed paths that are not UTF-8 are corrected."""
     store.put({name: f"# {name}" for name in ("hash", "broken", "short", "none", "unindexed", "loose_old")})
     client = store.client
     client.hset((ENTRY + b"hash").decode(), "content", "x")
@@ -154,7 +160,7 @@ def test_w01_whatever_lies_in_the_cache_is_put_right(store: ModuleStore) -> None
 
 @pytest.mark.parametrize("row", [True, False])
 def test_w01_index_that_names_itself(store: ModuleStore, row: bool) -> None:
-    """Where somebody has put `index` into the index it is taken out, and the index is not deleted as its entry."""
+    """If the index contains `index`, it is removed from the set, and the index itself is not deleted."""
     store.put({"a.py": "x"} | ({"index": "y"} if row else {}))
     store.warm()
     store.client.sadd(INDEX, "index")
@@ -166,7 +172,7 @@ def test_w01_index_that_names_itself(store: ModuleStore, row: bool) -> None:
 
 
 def test_w01_many_added_at_once(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large fill, whose entries go straight into their places, is as exact, also over entries without index."""
+    """A large fill writes its entries directly, and is as exact, also over entries that no index contains."""
     monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 10)
     store.put({f"m{n}.py": f"x = {n}" for n in range(100)})
     store.api_set("m1.py", "older")
@@ -178,7 +184,7 @@ def test_w01_many_added_at_once(store: ModuleStore, monkeypatch: pytest.MonkeyPa
 
 
 def test_w01_many_over_entries_that_no_index_names(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index was lost and the rows went on: a large fill replaces the entries that lie there, in as many passes."""
+    """The index was lost and rows changed since: a large fill replaces the old entries without more passes."""
     monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 10)
     paths = [f"m{n}.py" for n in range(100)]
     store.put(dict.fromkeys(paths, "older"))

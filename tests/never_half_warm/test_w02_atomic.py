@@ -1,4 +1,4 @@
-"""W2: who reads index and entries at one moment sees the previous cache or the new one."""
+"""W2: a reader that reads index and entries atomically sees the previous cache or the new one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_one_generation(seen: dict[bytes, bytes | None]) -> str:
 def test_w02_observer_never_sees_a_mixture(
     store: ModuleStore, large_fill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """During 100 warms that change modules together and add and remove paths, every look shows one generation."""
+    """During 100 warms that change, add and remove modules, every read shows a single generation."""
     monkeypatch.setattr(warm_step, "LARGE_FILL", large_fill)
     ended = Event()
     seen: list[str] = []
@@ -72,7 +72,7 @@ def test_w02_observer_never_sees_a_mixture(
 
 
 def test_w02_rows_are_those_of_one_moment(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is committed together while the rows are being read becomes visible together, by the next pass."""
+    """Rows that are committed together during a warm become visible together, in the next pass."""
     # One row in each query, so that the commit comes between two of them; most modules stay as they are, or else
     # one query would read them all.
     monkeypatch.setattr(cache_diff, "_PATHS_A_QUERY", 1)

@@ -1,4 +1,4 @@
-"""W3: whatever ends a warm, wherever: the previous cache is untouched, nothing stays, the next warm completes."""
+"""W3: wherever a warm fails, the previous cache is unchanged, nothing stays behind, and the next warm completes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def kill_at(store: ModuleStore, point: str, number: int, large_fill: int = warm_
     ("point", "number"), [(READING, 1), (COMPARING, 1), (STAGING, 1), (STAGING, 7), (SWITCHING, 1)]
 )
 def test_w03_killed_before_the_switch(store: ModuleStore, point: str, number: int) -> None:
-    """Killed at any point before the switch: not one key of the cache is touched or new, staged ones have a TTL."""
+    """After a kill before the switch, no key of the cache is new or changed, and the staged entries have a TTL."""
     before = change(store)
     kill_at(store, point, number)
     assert store.module_keys() == before
@@ -80,7 +80,7 @@ def test_w03_killed_before_the_switch(store: ModuleStore, point: str, number: in
 
 @pytest.mark.parametrize(("point", "number"), [(STAGING, 3), (STAGING, 8), (SWITCHING, 1)])
 def test_w03_killed_in_a_large_fill(store: ModuleStore, point: str, number: int) -> None:
-    """Entries that were written into their places are in no index and expire; the previous cache is untouched."""
+    """Entries that were written directly are in no index and expire. The previous cache is unchanged."""
     before = change(store)
     kill_at(store, point, number, large_fill=0)
     assert_untouched(store, before)
@@ -89,7 +89,7 @@ def test_w03_killed_in_a_large_fill(store: ModuleStore, point: str, number: int)
 
 @pytest.mark.parametrize("point", [READING, COMPARING, SWITCHING])
 def test_w03_killed_after_the_switch(store: ModuleStore, point: str) -> None:
-    """Killed in the comparison that follows the switch: the new cache is there, and nothing that expires."""
+    """After a kill in the comparison that follows the switch, the new cache is complete and nothing in it expires."""
     change(store)
     kill_at(store, point, 2)
     store.assert_exact()
@@ -99,7 +99,9 @@ def test_w03_killed_after_the_switch(store: ModuleStore, point: str) -> None:
 
 
 def test_w03_staged_entries_live_as_long_as_the_warm(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A staging that takes longer than a third of the TTL renews it, so that no entry is gone at the switch."""
+    """If the staging takes longer than a third of the TTL, it renews the TTL, so that no entry is missing at
+    the switch.
+    """
     monkeypatch.setattr(module_cache, "STAGE_TTL", 3)
     monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     store.put(BEFORE)
@@ -137,7 +139,7 @@ def fails(store: ModuleStore, before: dict[bytes, bytes | None], point: str, act
 def test_w03_out_of_memory(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis runs out of memory while entries are staged, or just before the switch: refused as a whole."""
+    """Redis runs out of memory while entries are staged, or before the switch: no entry is changed."""
     monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     store = make_store(start_server(RedisServer(run_folder)).url())
     set_limit = store.client.config_set
@@ -149,7 +151,7 @@ def test_w03_out_of_memory(
 def test_w03_out_of_memory_after_a_switch(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis
 ) -> None:
-    """What an earlier pass of the same warm has switched stands, and the error does not say that nothing changed."""
+    """The switch of an earlier pass stays, and the error does not say that nothing changed."""
     store = make_store(start_server(RedisServer(run_folder)).url())
     change(store)
     write = at(SWITCHING, lambda: store.put({"new0.py": "y = 'again'"}))
@@ -171,7 +173,7 @@ def test_w03_out_of_memory_after_a_switch(
 def test_w03_cannot_persist(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Redis stops writes because its last snapshot failed (MISCONF): refused as a whole."""
+    """Redis rejects writes because its last snapshot failed (MISCONF): no entry is changed."""
     monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     server = start_server(RedisServer(run_folder, {"save": "3600 1", "stop-writes-on-bgsave-error": "yes"}))
     store = make_store(server.url())
@@ -200,7 +202,7 @@ def test_w03_cannot_persist(
 def test_w03_becomes_a_replica(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis is made a replica under our hands: refused as a whole, and said so."""
+    """Redis becomes a replica during the warm: no entry is changed, and the error says so."""
     monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     store = make_store(start_server(RedisServer(run_folder)).url())
     before = change(store)
@@ -211,7 +213,7 @@ def test_w03_becomes_a_replica(
 def test_w03_a_replica_is_named_before_anything_is_read(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis
 ) -> None:
-    """A URL that names a replica: the error says so, and names the primary."""
+    """If the URL leads to a replica, the error says so and names the primary."""
     store = make_store(start_server(RedisServer(run_folder)).url())
     store.client.replicaof("primary.example", 6390)
     with pytest.raises(WarmError, match=r"replica of primary\.example:6390.*BIFROST_REDIS_URL"):
@@ -219,7 +221,7 @@ def test_w03_a_replica_is_named_before_anything_is_read(
 
 
 def test_w03_still_loading(make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis) -> None:
-    """A Redis that still loads its data is not there yet: an error that is worth another try."""
+    """A Redis that still loads its data is unavailable: an error that is retried."""
     config = {"enable-debug-command": "yes", "loading-process-events-interval-bytes": "1024"}
     store = make_store(start_server(RedisServer(run_folder, config)).url())
     before = change(store)
@@ -257,10 +259,10 @@ def test_w03_still_loading(make_store: MakeStore, run_folder: RunFolder, start_s
     "command",
     ["getrange", "pttl", "type", "llen", "lrange", "rename", "persist", "pexpire", "sadd", "srem", "del", "exists"],
 )
-def test_w03_right_too_few(
+def test_w03_missing_permission(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, command: str, program: str
 ) -> None:
-    """A user who may not run one of the scripts' commands is refused before the first write, and the command named."""
+    """Without the right to a command of the scripts, the warm fails before the first write and names the command."""
     server = start_server(RedisServer(run_folder, programs=[program]))
     store = make_store(server.url())
     before = change(store)
@@ -277,7 +279,7 @@ def test_w03_right_too_few(
 
 @pytest.mark.parametrize("slots", [True, False])
 def test_w03_cluster(make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, slots: bool) -> None:
-    """Redis Cluster is refused by name, by a warm and by a look, also to a user who may not ask for its facts."""
+    """A warm and a comparison reject Redis Cluster by name, also for a user without the right to ask for it."""
     # Its own choice, ten thousand above the other port, may be an outgoing connection of anybody.
     config = {"cluster-enabled": "yes", "cluster-port": str(free_port())}
     server = start_server(RedisServer(run_folder, config))
@@ -298,7 +300,7 @@ def test_w03_redis_is_cut_off(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, start_proxy: Callable[[int], Proxy],
     point: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Every connection to Redis ends: the warm is refused as unavailable, the previous cache is untouched."""
+    """If every connection to Redis ends, Redis is unavailable and the previous cache is unchanged."""
     monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     server = start_server(RedisServer(run_folder))
     proxy = start_proxy(server.port)
@@ -308,7 +310,7 @@ def test_w03_redis_is_cut_off(
 
 
 def test_w03_redis_comes_back_empty(make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis) -> None:
-    """Redis dies just before the switch and comes back without its data: the next warm fills it."""
+    """Redis dies before the switch and restarts without data: the next warm fills it."""
     server = start_server(RedisServer(run_folder))
     store = make_store(server.url())
     change(store)
@@ -323,7 +325,7 @@ def test_w03_database_is_cut_off(
     make_store: MakeStore, store: ModuleStore, postgres: object, start_proxy: Callable[[int], Proxy], point: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Every connection to PostgreSQL ends: the warm is refused as unavailable, the previous cache is untouched."""
+    """If every connection to PostgreSQL ends, PostgreSQL is unavailable and the previous cache is unchanged."""
     monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
     before = change(store)
     # More than the sockets hold, so that rows are still to come when the connection ends.
@@ -337,7 +339,7 @@ def test_w03_database_is_cut_off(
 
 
 def test_w03_no_table(store: ModuleStore) -> None:
-    """Without the table the warm says that a migration comes first, and changes nothing."""
+    """Without the table, the warm says that a migration comes first, and changes nothing."""
     before = change(store)
     store.database.execute("DROP TABLE workspace_files")
     with pytest.raises(WarmError, match=r"neither table workspace_files nor file_index.*BIFROST_MODULE_SOURCE=none"):
@@ -346,7 +348,7 @@ def test_w03_no_table(store: ModuleStore) -> None:
 
 
 def test_w03_table_of_another_kind(store: ModuleStore) -> None:
-    """A table that cannot be read as the contract says is no bug of ours: the server's own words, code 2."""
+    """A table with other columns is exit 2 with the error of the server, not a bug."""
     before = change(store)
     store.database.execute("CREATE TYPE kind AS ENUM ('script')")
     store.database.execute("DROP INDEX IF EXISTS ix_workspace_files_modules")
@@ -358,7 +360,7 @@ def test_w03_table_of_another_kind(store: ModuleStore) -> None:
 
 
 def test_w03_index_of_another_type(store: ModuleStore) -> None:
-    """Something else under the name of the index is not destroyed; the error says what Redis said."""
+    """If the key of the index has another type, it is not changed. The error has that of Redis."""
     store.put(BEFORE)
     store.client.set(INDEX, "not a set")
     with pytest.raises(WarmError, match="WRONGTYPE"):
@@ -368,7 +370,7 @@ def test_w03_index_of_another_type(store: ModuleStore) -> None:
 
 
 def test_w03_index_becomes_another_type(store: ModuleStore) -> None:
-    """The same just before the switch: refused as a whole, since a SADD that fails would come after the entries."""
+    """The same before the switch: no entry is changed, although the failing SADD would come after the entries."""
     before = change(store)
 
     def replace() -> None:

@@ -1,4 +1,4 @@
-"""W4: when a warm ends, no older version stands over a newer one, whoever wrote while it ran."""
+"""W4: when a warm ends, no older version stands over a newer one, whatever was written meanwhile."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def watched(store: ModuleStore, point: str, action: Callable[[], object]) -> lis
 
 @pytest.fixture
 def stale(store: ModuleStore) -> ModuleStore:
-    """The cache has the first version, the row the second."""
+    """A store with the first version in the cache, and the second in the row."""
     store.put({PATH: "version = 1"})
     store.warm()
     store.put({PATH: "version = 2"})
@@ -58,32 +58,32 @@ def stale(store: ModuleStore) -> ModuleStore:
 
 @pytest.mark.parametrize("point", [STAGING, SWITCHING])
 def test_w04_write_between_snapshot_and_switch(stale: ModuleStore, point: str) -> None:
-    """What is written after the snapshot stays: a reader never sees an older version after it."""
+    """A write after the snapshot stays. No reader sees an older version afterwards."""
     seen = watched(stale, point, lambda: stale.api_write(PATH, "version = 3"))
     assert seen == ["version = 3"]
 
 
 def test_w04_write_before_the_snapshot(stale: ModuleStore) -> None:
-    """What is written after the cache was read and before the rows are is in both: nothing older comes back."""
+    """A write between the read of the cache and that of the rows is in both, and stays."""
     seen = watched(stale, COMPARING, lambda: stale.api_write(PATH, "version = 3"))
     assert seen == ["version = 3"]
 
 
 def test_w04_delete_of_an_absent_entry(store: ModuleStore) -> None:
-    """A module whose entry does not exist yet is deleted after the snapshot: it comes back for one pass at most."""
+    """A module without entry is deleted after the snapshot: its entry exists for one pass at most."""
     store.put({PATH: "version = 1", "other.py": ""})
     seen = watched(store, SWITCHING, lambda: store.api_delete(PATH))
     assert seen in ([None, "version = 1", None], [None])
 
 
 def test_w04_revert(stale: ModuleStore) -> None:
-    """A writer goes back to what the cache holds: the entry looks untouched, and the last version wins all the same."""
+    """A writer reverts a module to the version in the cache: the entry looks unchanged, and the last version stays."""
     seen = watched(stale, SWITCHING, lambda: stale.api_write(PATH, "version = 1"))
     assert seen in (["version = 1", "version = 2", "version = 1"], ["version = 1"])
 
 
 def test_w04_added_entry_is_not_overwritten(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a large fill too: what a writer sets before or after ours is in place stays."""
+    """Also in a large fill, an entry that a writer sets before or after ours stays."""
     monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 0)
     monkeypatch.setattr("bifrost_bootstrap.warm.step.BATCH_SIZE", 1)
     paths = [f"{number}.py" for number in range(20)]
@@ -105,14 +105,16 @@ def test_w04_added_entry_is_not_overwritten(store: ModuleStore, monkeypatch: pyt
 
 
 def test_w04_lost_between_switch_and_proof(store: ModuleStore) -> None:
-    """What is flushed after the switch is noticed, although the second comparison knows what the switch has left."""
+    """A flush after the switch is noticed, although the second comparison knows what the switch wrote."""
     store.put({PATH: "version = 1"})
     store.warm(at(READING, store.client.flushdb, number=2))
     store.assert_exact()
 
 
 def test_w04_touched_between_switch_and_proof(store: ModuleStore) -> None:
-    """An entry that the switch had nothing to do with is evicted after it, another is put back by a writer who dies."""
+    """After the switch, an entry that it did not change is evicted, and a writer dies after it has restored
+    another one.
+    """
     store.put({PATH: "version = 1", "evicted.py": "x", "reverted.py": "version = 1"})
     store.warm()
     store.put({PATH: "version = 2"})
@@ -126,11 +128,10 @@ def test_w04_touched_between_switch_and_proof(store: ModuleStore) -> None:
     store.assert_exact()
 
 
-def test_w04_no_warm_vouches_for_what_another_has_switched(make_store: MakeStore, stale: ModuleStore) -> None:
-    """
-    A warm that found no difference does not confirm a cache into which another one has switched since.
+def test_w04_switch_of_another_warm_is_not_confirmed(make_store: MakeStore, stale: ModuleStore) -> None:
+    """A warm that found no difference does not confirm a cache into which another warm has switched since.
 
-    The other one compared before a revert, switches after it, and dies before it compares again.
+    The other warm compared before a revert, switches after it, and dies before it compares again.
     """
     other = make_store(stale.settings.redis, stale.database)
     at_its_switch, go_on = Event(), Event()
@@ -167,8 +168,8 @@ def test_w04_no_warm_vouches_for_what_another_has_switched(make_store: MakeStore
     stale.assert_exact()
 
 
-def test_w04_time_to_live_alone_is_settled_at_once(store: ModuleStore) -> None:
-    """Entries of live writers that only get another time to live do not make a warm compare again."""
+def test_w04_ttl_updates_need_no_second_comparison(store: ModuleStore) -> None:
+    """TTL updates of entries of live writers do not make a warm compare again."""
     store.put({PATH: "version = 1"})
     store.warm()
     store.api_write("other.py", "x")
@@ -177,8 +178,8 @@ def test_w04_time_to_live_alone_is_settled_at_once(store: ModuleStore) -> None:
     assert store.client.ttl(b"bifrost:module:other.py") == -1
 
 
-def test_w04_writer_that_never_rests(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every pass finds another change the warm ends all the same, and says that it did not settle."""
+def test_w04_writer_without_pause(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every pass finds another change, the warm ends and says that it did not settle."""
     monkeypatch.setattr("bifrost_bootstrap.warm.step.MAX_PASSES", 3)
     store.put({PATH: "version = 0"})
     number = 0
@@ -197,7 +198,7 @@ def test_w04_writer_that_never_rests(store: ModuleStore, monkeypatch: pytest.Mon
 
 
 def test_w04_another_warm_in_the_way_is_named(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A last pass that found no difference, but a switch of another warm, says that and not "no difference"."""
+    """If the last pass found no difference, but a switch of another warm, the message says that."""
     store.put({PATH: "version = 1"})
     store.warm()
     monkeypatch.setattr("bifrost_bootstrap.warm.step.MAX_PASSES", 1)
@@ -206,7 +207,7 @@ def test_w04_another_warm_in_the_way_is_named(store: ModuleStore, monkeypatch: p
 
 
 def test_w04_deadline_ends_the_passes(store: ModuleStore) -> None:
-    """The same at the deadline, however many passes are left: the pass that it finds running is the last."""
+    """The pass that runs at the deadline is the last one."""
     store.put({PATH: "version = 0"})
     deadline = Deadline(60)
     passes = 0
@@ -225,14 +226,14 @@ def test_w04_deadline_ends_the_passes(store: ModuleStore) -> None:
 
 
 def test_w04_deadline_does_not_end_the_first_pass(store: ModuleStore) -> None:
-    """A first fill that the deadline finds running is proven all the same: nobody has disturbed it."""
+    """A first fill that runs at the deadline is confirmed if no writer has changed anything."""
     store.put({PATH: "version = 0"})
     assert warm(store.settings, Deadline(0), lambda _progress: None).added == 1
     store.assert_exact()
 
 
 def test_w04_writer_before_the_proof_at_the_deadline(store: ModuleStore) -> None:
-    """What he has written is read within the pass that the deadline has found running, and is no difference."""
+    """A write during the pass that runs at the deadline is read in this pass, and is no difference."""
     store.put({PATH: "version = 1"})
     write = at(READING, lambda: store.api_write(PATH, "version = 2"), number=2)
     assert warm(store.settings, Deadline(0), write).passes == 2
@@ -241,7 +242,7 @@ def test_w04_writer_before_the_proof_at_the_deadline(store: ModuleStore) -> None
 
 @pytest.mark.race
 def test_w04_writers_under_load(make_store: MakeStore, store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six writers change, add and delete without pause, and end in the middle of the last warm: the cache is exact."""
+    """Six writers change, add and delete without pause, and stop during the last warm: the cache is exact."""
     writers, paths = 6, 12
     stop = Event()
     written = [0] * writers

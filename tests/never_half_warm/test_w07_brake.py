@@ -1,4 +1,4 @@
-"""W7: a warm that looks as if it came from the wrong database stops."""
+"""W7: a warm that would remove most of the cache stops, because it may read the wrong database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shrunk(store: ModuleStore, indexed: int, removed: int) -> None:
 
 @pytest.mark.parametrize(("indexed", "removed"), [(21, 21), (41, 21), (60, 31)])
 def test_w07_stops_where_most_of_the_cache_would_go(store: ModuleStore, indexed: int, removed: int) -> None:
-    """More than half and more than 20: nothing is changed, the error has both numbers and ends in 2."""
+    """More than half and more than 20 entries: exit 2 with both numbers, and no change."""
     shrunk(store, indexed, removed)
     before = store.module_keys()
     with pytest.raises(ShrinkError, match=f"{removed} of {indexed}") as stopped:
@@ -33,7 +33,7 @@ def test_w07_stops_where_most_of_the_cache_would_go(store: ModuleStore, indexed:
 
 
 def test_w07_stops_after_a_switch(store: ModuleStore) -> None:
-    """A pass after the first stops as well; it says what it has not removed, and not that nothing was changed."""
+    """A later pass stops as well. The error says what was not removed, and not that nothing was changed."""
     store.put({f"{n}.py": "x" for n in range(30)})
     store.warm()
     store.put({"new.py": "y"})
@@ -45,14 +45,14 @@ def test_w07_stops_after_a_switch(store: ModuleStore) -> None:
 
 @pytest.mark.parametrize(("indexed", "removed"), [(20, 20), (60, 30), (100, 50)])
 def test_w07_lets_small_and_half_go(store: ModuleStore, indexed: int, removed: int) -> None:
-    """Twenty entries, or half of them, may go without a word."""
+    """Up to 20 entries, or up to half of them, are removed."""
     shrunk(store, indexed, removed)
     assert store.warm().removed == removed
     store.assert_exact()
 
 
 def test_w07_empty_table_on_first_start(store: ModuleStore) -> None:
-    """No rows and no cache: nothing to do, and the marker says so."""
+    """Without rows and cache there is nothing to do, and the marker says so."""
     result = store.warm()
     assert (result.modules, result.removed, result.passes) == (0, 0, 1)
     store.assert_exact()

@@ -1,4 +1,4 @@
-"""W8: Redis that may evict, or has too little room, is warned about before; where it does not tell, that is noted."""
+"""W8: a Redis that may evict entries, or has too little memory, is warned about before the warm writes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ StartRedis = Callable[[RedisServer], RedisServer]
 
 @pytest.fixture
 def server(run_folder: RunFolder, start_server: StartRedis) -> RedisServer:
-    """A Redis with a limit of 100 MB."""
+    """A Redis with maxmemory 100 MB."""
     return start_server(RedisServer(run_folder, {"maxmemory": "100mb"}))
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """What was logged so far."""
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """A function that returns the log so far."""
     caplog.set_level(logging.INFO)
     return lambda: caplog.text
 
@@ -37,32 +37,32 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     ("policy", "words"), [("allkeys-lru", "entries and index"), ("volatile-ttl", "staged entries and those")]
 )
 def test_w08_policy_that_evicts(
-    make_store: MakeStore, server: RedisServer, told: Callable[[], str], policy: str, words: str
+    make_store: MakeStore, server: RedisServer, logged: Callable[[], str], policy: str, words: str
 ) -> None:
-    """The warning names server, policy and what may go, and comes before anything is staged."""
+    """The warning names server, policy and what may be evicted, and comes before the first write."""
     store = make_store(server.url())
     store.client.config_set("maxmemory-policy", policy)
     store.put({"a.py": "x"})
     before: list[str] = []
-    store.warm(at(COMPARING, lambda: before.append(told())))
+    store.warm(at(COMPARING, lambda: before.append(logged())))
     assert f"may evict {words}" in before[0]
     assert policy in before[0]
     assert f"127.0.0.1:{server.port}" in before[0]
 
 
-def test_w08_no_warning_without_reason(make_store: MakeStore, server: RedisServer, told: Callable[[], str]) -> None:
-    """A limit that is large enough, with noeviction, is no reason for a word."""
+def test_w08_no_warning_without_reason(make_store: MakeStore, server: RedisServer, logged: Callable[[], str]) -> None:
+    """Sufficient maxmemory with noeviction gives no warning."""
     store = make_store(server.url())
     store.put({f"{n}.py": "x" * 1000 for n in range(100)})
     store.warm()
-    assert "evict" not in told()
-    assert "maxmemory" not in told()
+    assert "evict" not in logged()
+    assert "maxmemory" not in logged()
 
 
 def test_w08_too_little_room(
-    make_store: MakeStore, server: RedisServer, told: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    make_store: MakeStore, server: RedisServer, logged: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A warm that needs more than is left is told with both numbers before, and then fails by Redis' own refusal."""
+    """If the warm needs more memory than is left, a warning has both numbers. Then the error of Redis ends the warm."""
     store = make_store(server.url())
     store.put({f"{n}.py": chr(97 + n % 26) * 3_000_000 for n in range(40)})
     there: list[list[bytes]] = []
@@ -75,13 +75,13 @@ def test_w08_too_little_room(
     monkeypatch.setattr(warm_step.logger, "filters", [look])
     with pytest.raises(WarmError, match="maxmemory"):
         store.warm()
-    assert "this warm needs about 156.0 MB" in told()
-    assert "left below maxmemory" in told()
+    assert "this warm needs about 156.0 MB" in logged()
+    assert "left below maxmemory" in logged()
     assert there == [[]], "nothing was written before"
 
 
 def test_w08_estimate_is_no_less_than_what_is_used(make_store: MakeStore, server: RedisServer) -> None:
-    """Small modules and large ones: the warm uses no more than the room that the warning is reckoned by."""
+    """With small and with large modules, the warm uses at most the memory that the warning is based on."""
     from bifrost_bootstrap.warm.step import ENTRY_BYTES, ENTRY_GROWTH
 
     store = make_store(server.url())
@@ -95,8 +95,8 @@ def test_w08_estimate_is_no_less_than_what_is_used(make_store: MakeStore, server
     assert 0.6 * estimate < used <= estimate
 
 
-def test_w08_server_that_does_not_tell(make_store: MakeStore, server: RedisServer, told: Callable[[], str]) -> None:
-    """A user without the right to INFO warms all the same; that it could not be asked is a note."""
+def test_w08_user_without_info(make_store: MakeStore, server: RedisServer, logged: Callable[[], str]) -> None:
+    """A user without the right to INFO can warm. The log says that the memory is unknown."""
     with server.client() as admin:
         admin.acl_setuser(
             "few",
@@ -110,12 +110,12 @@ def test_w08_server_that_does_not_tell(make_store: MakeStore, server: RedisServe
     store.put({"a.py": "x"})
     store.warm()
     store.assert_exact()
-    assert "does not tell its memory" in told()
+    assert "does not tell its memory" in logged()
 
 
 @pytest.mark.parametrize("end", [b":3.py", b"bifrost:bootstrap:plan:"])
 def test_w08_staged_entry_evicted(store: ModuleStore, end: bytes) -> None:
-    """A staged entry, or the plan, that is gone at the switch: all of it is refused, and the error says why."""
+    """If a staged entry or the plan is missing at the switch, no entry is changed, and the error says why."""
     store.put({f"{n}.py": "1" for n in range(5)})
     store.warm()
     before = store.module_keys()

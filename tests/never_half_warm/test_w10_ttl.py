@@ -1,4 +1,4 @@
-"""W10: every indexed entry lives as BIFROST_MODULE_CACHE_TTL says, also those that were equal."""
+"""W10: after a warm every indexed entry has the TTL of BIFROST_MODULE_CACHE_TTL, also entries that were equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def lives(store: ModuleStore) -> dict[str, int]:
 
 
 def test_w10_entry_of_the_api_is_made_persistent(store: ModuleStore) -> None:
-    """An equal entry with 24 hours to live loses its limit, and its content is not written again."""
+    """An equal entry of the API loses its TTL of 24 h, and its content is not written again."""
     store.put({"ours.py": "x"})
     store.warm()
     store.api_write("theirs.py", "y")
@@ -31,7 +31,7 @@ def test_w10_entry_of_the_api_is_made_persistent(store: ModuleStore) -> None:
 
 
 def test_w10_entry_of_the_api_after_the_first_reading(store: ModuleStore) -> None:
-    """One that the API writes anew while a warm changes another module has no limit either, though it says the same."""
+    """An entry that the API writes again during a warm of another module loses its TTL too."""
     store.put({"ours.py": "x", "theirs.py": "y"})
     store.warm()
     store.put({"ours.py": "changed"})
@@ -41,7 +41,7 @@ def test_w10_entry_of_the_api_after_the_first_reading(store: ModuleStore) -> Non
 
 
 def test_w10_policy_reaches_every_entry(make_store: MakeStore, store: ModuleStore) -> None:
-    """With a TTL: new, changed, equal and persistent entries all have it, and it can be taken away again."""
+    """With a TTL, new, changed, equal and persistent entries all have it. Without it they lose it again."""
     store.put({f"{n}.py": "x" for n in range(4)})
     store.warm()
     limited = make_store(store.settings.redis, store.database, module_cache_ttl=TTL)
@@ -55,7 +55,9 @@ def test_w10_policy_reaches_every_entry(make_store: MakeStore, store: ModuleStor
 
 
 def test_w10_renewed_in_the_second_half_of_its_life(make_store: MakeStore, redis_url: str) -> None:
-    """An entry in its first half is left as it is, one in its second half is renewed, one of 24 hours is shortened."""
+    """An entry in the first half of its TTL is not changed, one in the second half is renewed, one of 24 h is
+    shortened.
+    """
     store = make_store(redis_url, module_cache_ttl=TTL)
     store.put({f"{n}.py": "x" for n in range(3)})
     store.warm()
@@ -68,7 +70,7 @@ def test_w10_renewed_in_the_second_half_of_its_life(make_store: MakeStore, redis
 
 
 def test_w10_large_fill_follows_it_too(store: ModuleStore, make_store: MakeStore) -> None:
-    """Entries that were written into their places do not keep the TTL of staged ones."""
+    """Entries of a large fill do not keep the TTL of staged entries."""
     store.put({f"{n}.py": "x" for n in range(6000)})
     store.warm()
     assert set(lives(store).values()) == {-1}

@@ -1,4 +1,4 @@
-"""W11: a writer that has set its entry and not committed yet does not find the old row over its entry."""
+"""W11: a writer that has set its entry and not committed does not find the old row in its entry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REQUEST = 1.5
 
 @pytest.fixture
 def stale(store: ModuleStore) -> ModuleStore:
-    """Row and entry have the first version, and another module is missing in the cache."""
+    """A store with the first version in row and entry, and another module that is missing in the cache."""
     store.put({PATH: "version = 1"})
     store.warm()
     store.put({"other.py": "x"})
@@ -48,7 +48,7 @@ def commit_later(connection: psycopg.Connection) -> Timer:
 
 
 def test_w11_warm_beside_an_open_request(stale: ModuleStore) -> None:
-    """The warm ends with what the request has committed."""
+    """The cache ends with what the request has committed."""
     with request(stale, PATH, "version = 2") as connection:
         timer = commit_later(connection)
         stale.warm()
@@ -58,7 +58,7 @@ def test_w11_warm_beside_an_open_request(stale: ModuleStore) -> None:
 
 
 def test_w11_open_delete(stale: ModuleStore) -> None:
-    """A request that deletes a module and has not committed yet: the entry does not come back for good."""
+    """A request deletes a module and has not committed: its entry does not come back for good."""
     with stale.database.connect() as connection:
         connection.autocommit = False
         connection.execute("UPDATE workspace_files SET is_deleted = true WHERE path = %s", (PATH,))
@@ -72,7 +72,7 @@ def test_w11_open_delete(stale: ModuleStore) -> None:
 
 
 def test_w11_request_that_rolls_back(stale: ModuleStore) -> None:
-    """The entry of a request that rolls back has gone when the warm ends."""
+    """The entry of a request that rolls back is gone when the warm ends."""
     with request(stale, PATH, "version = 2") as connection:
         timer = Timer(REQUEST, connection.rollback)
         timer.start()
@@ -84,7 +84,7 @@ def test_w11_request_that_rolls_back(stale: ModuleStore) -> None:
 
 @pytest.mark.parametrize("point", [COMPARING, SWITCHING])
 def test_w11_request_that_begins_in_the_first_pass(stale: ModuleStore, point: str) -> None:
-    """A request that sets its entry between the reading of the cache and the snapshot, or before the switch."""
+    """A request sets its entry between the read of the cache and the snapshot, or before the switch."""
     with ExitStack() as stack:
         timers: list[Timer] = []
 
@@ -97,8 +97,8 @@ def test_w11_request_that_begins_in_the_first_pass(stale: ModuleStore, point: st
     stale.assert_exact()
 
 
-def test_w11_last_look_of_init(stale: ModuleStore) -> None:
-    """An earlier warm put the old row over the entry; while the request is open, nobody says that all is well."""
+def test_w11_init_is_not_ready_beside_an_open_request(stale: ModuleStore) -> None:
+    """An earlier warm put the old row into the entry. While the request is open, nothing reports success."""
     stale.warm()
     settings = stale.settings
     with stale.database.connect() as connection:
@@ -114,7 +114,7 @@ def test_w11_last_look_of_init(stale: ModuleStore) -> None:
 def test_w11_bounded_and_named(
     stale: ModuleStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A session that somebody forgot keeps no warm from ending, and the log says whose it is."""
+    """A forgotten session does not keep a warm from ending, and the log names the session."""
     monkeypatch.setattr("bifrost_bootstrap.warm.step.WRITER_WAIT", 1.5)
     with request(stale, PATH, "version = 2") as connection, caplog.at_level(logging.INFO):
         connection.execute("SET application_name = 'forgotten'")
@@ -125,7 +125,7 @@ def test_w11_bounded_and_named(
 
 
 def test_w11_others_are_not_waited_for(stale: ModuleStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Readers, row locks and writers of another table do not hold a warm up."""
+    """A warm does not wait for readers, row locks, and writers of another table."""
     stale.database.execute("CREATE TABLE notes (id int)")
     with stale.database.connect() as connection, caplog.at_level(logging.INFO):
         connection.autocommit = False
@@ -143,7 +143,7 @@ def readers_of(store: ModuleStore) -> frozenset[module_source.OpenWriter]:
 
 
 def test_w11_many_requests(stale: ModuleStore) -> None:
-    """Requests that set first and commit later, one after the other while a warm runs: the last version stands."""
+    """Requests that set first and commit later, one after another during a warm: the last version stays."""
 
     def write() -> None:
         for number in range(2, 30):

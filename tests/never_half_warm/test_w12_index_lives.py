@@ -1,4 +1,4 @@
-"""W12: a time to live on the index is taken off by the warm and seen by `check`."""
+"""W12: a warm removes a TTL of the index, and `check` reports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.setups.module_store import API_TTL, INDEX, ModuleStore, at
 
 
 def test_w12_taken_off_though_nothing_else_differs(store: ModuleStore) -> None:
-    """A reader of the platform has rebuilt the index and given it 24 hours."""
+    """A reader of the platform has rebuilt the index with a TTL of 24 h."""
     store.put({"a.py": "x"})
     store.warm()
     store.client.expire(INDEX, API_TTL)
@@ -19,14 +19,14 @@ def test_w12_taken_off_though_nothing_else_differs(store: ModuleStore) -> None:
 
 
 def test_w12_set_while_a_warm_runs(store: ModuleStore) -> None:
-    """Also where it comes between the switch and the proof."""
+    """The TTL is set between the switch and the proof."""
     store.put({"a.py": "x"})
     store.warm(at(READING, lambda: store.client.expire(INDEX, API_TTL), number=2))
     assert store.client.ttl(INDEX) == -1
 
 
-def test_w12_seen(store: ModuleStore) -> None:
-    """The platform may start, and there is something to do; the words say what."""
+def test_w12_check_reports_the_ttl(store: ModuleStore) -> None:
+    """The platform may start, but there is work to do, and the text says what."""
     store.put({"a.py": "x"})
     store.warm()
     store.client.expire(INDEX, API_TTL)

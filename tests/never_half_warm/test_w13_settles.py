@@ -1,4 +1,4 @@
-"""W13: writers without a pause do not keep a warm from ending, and what they leave is in the cache."""
+"""W13: writers without pause do not keep a warm from ending, and their writes are in the cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def writers(make_store: MakeStore, store: ModuleStore, *, set_first: bool) -> It
 
 @pytest.mark.parametrize("set_first", [True, False], ids=["entry then commit", "commit then entry"])
 def test_w13_writers_without_pause(make_store: MakeStore, store: ModuleStore, set_first: bool) -> None:
-    """The warm ends far below its last pass, and after the writers the cache equals the rows without another warm."""
+    """The warm ends long before its last pass. After the writers, the cache equals the rows without another warm."""
     store.put({f"{number}.py": "version = 0" for number in range(MODULES)})
     with writers(make_store, store, set_first=set_first):
         result = store.warm()
@@ -60,7 +60,7 @@ def test_w13_writers_without_pause(make_store: MakeStore, store: ModuleStore, se
 
 
 def test_w13_rows_changed_behind_the_cache(make_store: MakeStore, store: ModuleStore) -> None:
-    """Rows that somebody changes without an entry while writers are busy are not taken for the writers' work."""
+    """Rows that change without an entry, while writers are busy, are not treated as the work of the writers."""
     store.put({f"{number}.py": "version = 0" for number in range(MODULES)} | {"quiet.py": "version = 0"})
     with writers(make_store, store, set_first=True):
         store.warm(at(SWITCHING, lambda: store.put({"quiet.py": "version = 1"})))
@@ -68,7 +68,7 @@ def test_w13_rows_changed_behind_the_cache(make_store: MakeStore, store: ModuleS
 
 
 def test_w13_dead_writer(store: ModuleStore) -> None:
-    """A writer that commits and dies before its entry, once a pass: each of its rows is in the cache at the end."""
+    """A writer commits and dies before its entry, once per pass: each of its rows is in the cache at the end."""
     store.put({f"{number}.py": "version = 0" for number in range(10)})
     numbers = iter(range(5))
 

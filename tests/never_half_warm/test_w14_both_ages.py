@@ -1,4 +1,4 @@
-"""W14: modules in `workspace_files` and in `file_index`, and the way from one to the other and back."""
+"""W14: modules in `workspace_files` and in `file_index`, and both ways from one table to the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE_INDEX = """
 
 @pytest.fixture
 def newer(store: ModuleStore) -> ModuleStore:
-    """A store of the newer age: `file_index` alone."""
+    """A store of the newer age, with `file_index` only."""
     store.database.execute("DROP TABLE workspace_files")
     store.database.execute(FILE_INDEX)
     return store
@@ -49,7 +49,7 @@ def paths(store: ModuleStore) -> set[str]:
 
 
 def test_w14_file_index(newer: ModuleStore) -> None:
-    """A module is a `.py` row with content; entries live 24 hours, as the platform's own do."""
+    """A module is a `.py` row with content. Its entry lives 24 h, like those of the platform."""
     for path, content in {"a.py": "x", "pkg/__init__.py": "", "readme.md": "# x", "b.PY": "x", "a%b_.py": "y"}.items():
         put(newer, path, content)
     put(newer, "binary.py", None)
@@ -65,7 +65,7 @@ def test_w14_file_index(newer: ModuleStore) -> None:
 
 
 def test_w14_ttl_by_hand(newer: ModuleStore) -> None:
-    """BIFROST_MODULE_CACHE_TTL wins over the default of the age, 0 too."""
+    """BIFROST_MODULE_CACHE_TTL overrides the default of the age, also 0."""
     put(newer, "a.py", "x")
     newer.warm()
     with_settings(newer, module_cache_ttl=0).warm()
@@ -73,7 +73,7 @@ def test_w14_ttl_by_hand(newer: ModuleStore) -> None:
 
 
 def test_w14_deletes_are_hard(newer: ModuleStore) -> None:
-    """What has no row any more has no entry."""
+    """A deleted row loses its entry."""
     put(newer, "a.py", "x")
     put(newer, "b.py", "x")
     newer.warm()
@@ -84,7 +84,9 @@ def test_w14_deletes_are_hard(newer: ModuleStore) -> None:
 
 @pytest.mark.parametrize("full", [False, True], ids=["", "full"])
 def test_w14_hash_of_the_row_is_trusted(newer: ModuleStore, full: bool) -> None:
-    """It is that of the file's bytes, and the content was decoded with replacement: the platform's entry has it."""
+    """The hash is that of the bytes of the file, and the content was decoded with replacement characters. The
+    entry has this hash.
+    """
     put(newer, "latin.py", "# gr\ufffd\ufffde", sha256("the bytes"))
     newer.warm(full=full)
     assert json.loads(newer.client.get(ENTRY + b"latin.py"))["hash"] == sha256("the bytes")  # type: ignore[arg-type]
@@ -94,7 +96,7 @@ def test_w14_hash_of_the_row_is_trusted(newer: ModuleStore, full: bool) -> None:
 
 
 def test_w14_no_hash(newer: ModuleStore) -> None:
-    """A row without a hash, or with something else there, gets that of its content."""
+    """A row without a valid hash gets the hash of its content."""
     put(newer, "none.py", "x", None)
     put(newer, "odd.py", "y", "not a hash")
     newer.warm()
@@ -103,8 +105,8 @@ def test_w14_no_hash(newer: ModuleStore) -> None:
     assert newer.warm().changed == 0
 
 
-def test_w14_private_paths_are_left_alone(newer: ModuleStore) -> None:
-    """Below a top folder with `_` the platform keeps its own: neither added, nor removed, nor given another TTL."""
+def test_w14_private_paths_are_not_changed(newer: ModuleStore) -> None:
+    """Entries below a top folder with `_` belong to the platform: none is added, removed, or given another TTL."""
     put(newer, "_solutions/ours/a.py", "x")
     put(newer, "_top.py", "x")
     put(newer, "pkg/_inner/b.py", "x")
@@ -118,7 +120,7 @@ def test_w14_private_paths_are_left_alone(newer: ModuleStore) -> None:
 
 
 def test_w14_upgrade_and_rollback(store: ModuleStore, make_store: MakeStore) -> None:
-    """The old age, the new one, and back: after each warm the cache is that of the table that is there."""
+    """The older table, the newer one, and back: after each warm the cache equals the table that exists."""
     store.put({"old.py": "x", "both.py": "y"})
     assert store.warm().source == "workspace_files"
     store.database.execute(FILE_INDEX)
@@ -140,7 +142,7 @@ def test_w14_upgrade_and_rollback(store: ModuleStore, make_store: MakeStore) -> 
 
 
 def test_w14_named_source(store: ModuleStore) -> None:
-    """BIFROST_MODULE_SOURCE takes the table that it names, and says so where that is missing."""
+    """BIFROST_MODULE_SOURCE selects a table. If this table is missing, the error says so."""
     store.put({"old.py": "x"})
     named = with_settings(store, module_source="file_index")
     with pytest.raises(WarmError, match="file_index"):
@@ -152,7 +154,9 @@ def test_w14_named_source(store: ModuleStore) -> None:
 
 
 def test_w14_no_source(store: ModuleStore) -> None:
-    """`none`: nothing to do, whatever is in the cache; without the setting it is an error with both names."""
+    """With `none` a warm does nothing, whatever is in the cache. Without the setting it is an error with both
+    tables.
+    """
     store.put({"a.py": "x"})
     store.warm()
     store.database.execute("DROP TABLE workspace_files")
@@ -164,14 +168,14 @@ def test_w14_no_source(store: ModuleStore) -> None:
 
 
 def test_w14_table_in_another_schema(store: ModuleStore) -> None:
-    """A table that the search path does not lead to is named, with the way to it."""
+    """A table outside the search path is named, with the setting that reaches it."""
     store.database.execute("CREATE SCHEMA platform; ALTER TABLE workspace_files SET SCHEMA platform")
     with pytest.raises(WarmError, match=r"there is platform\.workspace_files, .*options=-csearch_path"):
         store.warm()
 
 
 def test_w15_requirements_of_the_newer_age(newer: ModuleStore) -> None:
-    """The row has its path alone to be known by."""
+    """In `file_index` the requirements row is found by its path alone."""
     put(newer, "requirements.txt", "httpx==0.28.1\n")
     assert newer.warm().requirements == "made"
     value = json.loads(newer.client.get("bifrost:requirements:content"))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""W15: the requirements entry is made where it is absent, and never touched where it is there."""
+"""W15: the requirements entry is created if it is missing, and is never changed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def put(store: ModuleStore, content: str | None, **columns: object) -> None:
     )
 
 
-def test_w15_absent_is_made(store: ModuleStore) -> None:
-    """Exactly two fields, 24 hours to live, also where no module differs; a second warm leaves it as it is."""
+def test_w15_missing_entry_is_created(store: ModuleStore) -> None:
+    """Exactly two fields and a TTL of 24 h, also if no module differs. A second warm does not change it."""
     store.warm()
     put(store, TEXT)
     assert store.warm().requirements == "made"
@@ -38,7 +38,7 @@ def test_w15_absent_is_made(store: ModuleStore) -> None:
 
 @pytest.mark.parametrize("when", ["before", "while it runs"])
 def test_w15_present_is_not_touched(store: ModuleStore, when: str) -> None:
-    """The platform saves a newer value there without touching the row, also while a warm runs."""
+    """The platform saves a newer value without changing the row, also during a warm. The value stays."""
     put(store, TEXT)
     store.put({"a.py": "x"})
     newer = json.dumps({"content": "httpx==1.0\n", "hash": sha256("httpx==1.0\n")})
@@ -62,14 +62,14 @@ def test_w15_present_is_not_touched(store: ModuleStore, when: str) -> None:
     ids=["empty", "blank", "null", "deleted", "of another kind"],
 )
 def test_w15_nothing_to_make_it_from(store: ModuleStore, content: str | None, columns: dict[str, object]) -> None:
-    """Blank, deleted, or no row at all: nothing is written."""
+    """With a blank row, a deleted row or no row, nothing is written."""
     put(store, content, **columns)
     assert store.warm().requirements == "none"
     assert not store.client.exists(KEY)
 
 
 def test_w15_init_has_something_to_do(store: ModuleStore) -> None:
-    """A missing entry keeps nobody from starting, and an init makes it."""
+    """A missing requirements entry does not fail `check`, and an init creates it."""
     store.warm()
     put(store, TEXT)
     found = readiness.read_readiness(store.settings, tree_loading.load(store.settings), compare=30)

@@ -1,4 +1,4 @@
-"""M1: any number of replicas start at once; every revision is applied once, and every init succeeds."""
+"""M1: any number of replicas start at once. Every revision is applied once, and every init succeeds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_m01_twenty_inits_at_once(
     start_command: StartCommand,
     start_worker: StartWorker,
 ) -> None:
-    """Twenty inits and two workers on an empty database: each revision leaves one row, and all twenty exit 0."""
+    """Twenty inits and two workers on an empty database: each revision has one row, and all inits exit 0."""
     tree.revision("one").revision("two").revision("three", concurrent_index("ix_three")).revision("four")
     env = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree.config)}
     for _ in range(2):
@@ -46,7 +46,7 @@ def test_m01_twenty_inits_at_once(
 
 
 def test_m01_waiter_logs_whom_it_waits_for(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Whoever has called a migrate by hand reads in the worker's log who holds the lock, from where and since when."""
+    """The log of a waiting worker has the holder of the lock, its address, and since when it holds the lock."""
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
         first = start_migrate(BIFROST_MIGRATION_LOCK_TIMEOUT="10m")

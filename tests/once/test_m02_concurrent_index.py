@@ -1,4 +1,4 @@
-"""M2: a concurrent index build waits for every older snapshot, so nobody who waits for the lock may hold one."""
+"""M2: CREATE INDEX CONCURRENTLY waits for every older snapshot, so a process that waits for the lock must hold none."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.setups.migration import (
 
 @pytest.mark.race
 def test_m02_index_is_built_while_five_wait(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A revision builds an index concurrently while five others wait for the migration lock, whatever the isolation
-    level that the database has by default.
+    """A revision builds an index concurrently while five steps wait for the migration lock, with any default
+    isolation level of the database.
     """
     tree.revision("one").revision("two", concurrent_index("ix_two", before=barrier()))
     database.execute(f'ALTER DATABASE "{database.name}" SET default_transaction_isolation = "repeatable read"')
@@ -44,8 +44,8 @@ def test_m02_index_is_built_while_five_wait(database: Database, tree: Tree, star
     assert index_states(database) == {"ix_two": True}
 
 
-def test_m02_looks_on_the_locks_connection_leave_no_snapshot(database: Database) -> None:
-    """When the runner begins, and after each look at who is in its way, the lock's session holds no snapshot."""
+def test_m02_session_of_the_lock_holds_no_snapshot(database: Database) -> None:
+    """When the runner starts, and after each query for blocking sessions, the session of the lock holds no snapshot."""
     url = parse_postgres(database.url)
 
     def snapshot() -> object:

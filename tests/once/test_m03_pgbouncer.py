@@ -1,4 +1,4 @@
-"""M3: through PgBouncer in transaction pooling, where a session belongs to whoever runs the next transaction."""
+"""M3: PgBouncer in transaction pooling mode, in which each transaction may get another session."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_m03_replicas_through_a_pooler(
     kind: Literal["plain", "asynchronous"],
     replicas: int,
 ) -> None:
-    """Replicas behind a pool apply each revision once, also a long one (and with psycopg a concurrent build), while
-    role and pooler end idle transactions soon; and they leave nothing for the pool's next client.
+    """Replicas behind a pool apply each revision once, also a long one (and with psycopg a concurrent build),
+    although role and pooler end idle transactions soon. They leave no setting in the sessions of the pool.
     """
     tree = Tree(tmp_path / kind, kind).revision("one").revision("two", LONG)
     tree.revision("three", concurrent_index("ix_three") if kind == "plain" else "").revision("four")
@@ -90,8 +90,9 @@ def test_m03_replicas_through_a_pooler(
 def test_m03_asyncpg_outside_a_transaction(
     database: Database, tmp_path: Path, start_migrate: StartMigrate, start_pool: StartPool
 ) -> None:
-    """What asyncpg prepares and runs takes two exchanges; without a transaction somebody else may get the session in
-    between: what is outside one runs in one exchange, at the first try, and leaves nothing behind.
+    """Outside a transaction, asyncpg prepares and executes in two round trips, and another client may get the
+    session in between. The runner uses one round trip, succeeds at the first attempt, and leaves nothing
+    behind.
     """
     tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one")
     tree.revision("two", concurrent_index("ix_two")).revision("three").revision("four", concurrent_index("ix_four"))
@@ -136,8 +137,8 @@ def test_m03_results_outside_a_transaction(
     pooled: bool,
     kind: Literal["plain", "asynchronous"],
 ) -> None:
-    """A backfill in batches outside a transaction sees how many rows each has changed and what is in the table, with
-    parameters and without; so does what must have no transaction around it.
+    """A backfill in batches outside a transaction gets row counts and query results, with and without
+    parameters. So do statements that must not run in a transaction.
     """
     tree = Tree(tmp_path / kind, kind).revision("one", PREPARE).revision("two", BACKFILL)
     pool = start_pool(20) if pooled else None
@@ -152,8 +153,8 @@ def test_m03_results_outside_a_transaction(
 def test_m03_statement_cache_of_the_url(
     database: Database, tmp_path: Path, start_migrate: StartMigrate, start_pool: StartPool, pooled: bool
 ) -> None:
-    """A tree whose URL wants asyncpg to keep prepared statements runs the same text again and again, at the first try,
-    and leaves none behind.
+    """If the URL sets a statement cache of asyncpg, repeated statements succeed at the first attempt, and no
+    prepared statement is left.
     """
     pool = start_pool(20) if pooled else None
     url = f"{pool.url(database.name) if pool else database.url}?prepared_statement_cache_size=500"
@@ -167,7 +168,7 @@ def test_m03_statement_cache_of_the_url(
 
 
 def test_m03_tree_with_connections_of_its_own(database: Database, tmp_path: Path, start_migrate: StartMigrate) -> None:
-    """An engine with an `async_creator` keeps what asyncpg has prepared for it, from one transaction to the next."""
+    """An engine with an `async_creator` keeps its prepared statements from one transaction to the next."""
     batch = 'op.execute("UPDATE applied SET pid = pid")'
     loose = f"with op.get_context().autocommit_block():\n        {batch}"
     tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one", batch).revision("two", loose)
@@ -204,7 +205,7 @@ DEFERRED = """
 def test_m03_failed_revision_leaves_nothing(
     database: Database, tmp_path: Path, start_migrate: StartMigrate, start_pool: StartPool, body: str, why: str
 ) -> None:
-    """What asyncpg has prepared in a transaction that comes to nothing goes with it."""
+    """Prepared statements of a failed transaction are removed."""
     tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one").revision("two", body)
     pool = start_pool(20)
     done = outcome(start_migrate(BIFROST_DATABASE_URL=pool.url(database.name), BIFROST_ALEMBIC_CONFIG=str(tree.config)))
@@ -226,7 +227,7 @@ def migrate_at_once(start_migrate: StartMigrate, url: str, tree: Tree, replicas:
 def test_m03_lock_of_a_killed_holder_is_released(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
 ) -> None:
-    """A holder behind the pool dies by SIGKILL: its lock is free within seconds, and the next run completes."""
+    """After SIGKILL of a holder behind the pool, its lock is free within seconds, and the next run completes."""
     tree.revision("one").revision("two", barrier())
     url = start_pool(20).url(database.name)
     with Barrier(database) as stop:
@@ -244,8 +245,8 @@ def test_m03_lock_of_a_killed_holder_is_released(
 def test_m03_pool_of_one_is_named(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool, patience: str
 ) -> None:
-    """A pool of one connection ends in 78, long before the deadline, with what to change, whoever's patience ends
-    first, ours or the pooler's; nothing is migrated.
+    """A pool of one connection ends with 78 long before the deadline, with what to change, whether our timeout
+    or that of the pooler ends first. Nothing is migrated.
     """
     tree.revision("one")
     pool = start_pool(1, query_wait_timeout=patience)
@@ -256,9 +257,9 @@ def test_m03_pool_of_one_is_named(
     assert database.execute("SELECT to_regclass('alembic_version')::text") == [(None,)]
 
 
-def test_m03_lock_that_the_pooler_ends_at_last(database: Database, start_pool: StartPool) -> None:
-    """Between the end of a runner and the lock's nobody speaks on its connection: where the pooler ends that, nothing
-    has failed.
+def test_m03_lock_dropped_by_the_pooler_after_the_run(database: Database, start_pool: StartPool) -> None:
+    """The connection of the lock is idle between the end of the runner and the release. If the pooler closes
+    it then, the step succeeds.
     """
     url = parse_postgres(start_pool(2).url(database.name))
     with hold(url, Deadline(60), print):
@@ -273,7 +274,7 @@ def test_m03_lock_that_the_pooler_ends_at_last(database: Database, start_pool: S
 def test_m03_busy_pool_is_no_pool_of_one(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
 ) -> None:
-    """A pool whose other connection somebody else has is waited for, and used when it is free."""
+    """If another client has the second connection of the pool, the step waits for it and then uses it."""
     tree.revision("one")
     pool = start_pool(2, idle_transaction_timeout="0")
     with psycopg.connect(pool.url(database.name), prepare_threshold=None) as busy:
@@ -287,7 +288,7 @@ def test_m03_busy_pool_is_no_pool_of_one(
 def test_m03_migrations_past_the_pooler(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
 ) -> None:
-    """With a migration URL of its own, the step leaves a pool of one connection alone and completes."""
+    """With a direct migration URL, the step does not use a pool of one connection, and completes."""
     tree.revision("one")
     pool = start_pool(1)
     done = outcome(

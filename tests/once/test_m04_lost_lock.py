@@ -1,4 +1,4 @@
-"""M4: a runner whose lock is gone records nothing more, and the next holder does not start beside it."""
+"""M4: a runner that has lost its lock records nothing more, and the next holder does not start beside it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lose_lock_of_frozen(step: Command, database: Database, stop: Barrier) -> Non
 
 @pytest.mark.race
 def test_m04_runner_without_lock_records_nothing(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """The lock is lost while its holder is frozen: the runner, which nobody stops, commits none of its revision."""
+    """The lock is lost while its holder is frozen: the runner, which nothing stops, commits nothing of its revision."""
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
         step = start_migrate(env=PATIENT)
@@ -65,8 +65,8 @@ def test_m04_runner_without_lock_records_nothing(database: Database, tree: Tree,
 def test_m04_nothing_outside_a_transaction(
     database: Database, tmp_path: Path, start_migrate: StartMigrate, kind: Literal["plain", "asynchronous"]
 ) -> None:
-    """The lock is lost during a statement in an `autocommit_block`: the next one there does not run; with asyncpg,
-    whose statements get a transaction of their own, what this one has done is taken back too.
+    """The lock is lost during a statement in an `autocommit_block`: the next statement does not run. With
+    asyncpg, whose statements get their own transaction, the running one is rolled back too.
     """
     waits = "WITH stop AS (SELECT pg_advisory_xact_lock_shared({}, 1)) INSERT INTO applied SELECT 'waits' FROM stop"
     lines = [waits.format(BARRIER_CLASS), "INSERT INTO applied (revision) VALUES ('next')"]
@@ -91,7 +91,7 @@ def test_m04_nothing_outside_a_transaction(
 def test_m04_next_holder_does_not_start_beside(
     database: Database, tree: Tree, start_migrate: StartMigrate, waits_in: str
 ) -> None:
-    """What a runner without lock has open in the server is ended before the next holder's runner begins."""
+    """The next holder ends the open session of a runner without lock before its own runner starts."""
     line = barrier()
     body = line if waits_in == "transaction" else f"with op.get_context().autocommit_block():\n        {line}"
     tree.revision("one").revision("two", body)

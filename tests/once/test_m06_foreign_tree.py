@@ -1,4 +1,4 @@
-"""M6: the platform's tree runs as it is, with its own Alembic under its own interpreter, run after run."""
+"""M6: a foreign tree runs unmodified, with its own Alembic under its own interpreter, repeatedly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CELERY = (sys.executable, "-m", "celery", "-A", "bifrost_bootstrap")
 
 @pytest.fixture(scope="session")
 def old_python() -> Path:
-    """An interpreter with OLD_VERSIONS and nothing of ours, made once for a checkout."""
+    """An interpreter with OLD_VERSIONS and without our package. It is created once per checkout."""
     made, wanted = VENV / "versions.txt", "\n".join(OLD_VERSIONS)
     with Path(__file__).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -48,9 +48,9 @@ def test_m06_run_after_run_in_one_worker(
     start_worker: StartWorker,
     versions: str,
 ) -> None:
-    """An asynchronous tree with settings of its own, relative paths, and a logging configuration that silences
-    everything: applied by init, and again by a call by hand in the same worker, whose log goes on; and no process of
-    the tree is left.
+    """An asynchronous tree with its own settings, relative paths, and a logging configuration that disables
+    every logger. Init applies it, and `celery call` applies it again in the same worker, whose log
+    continues. No process of the tree is left.
     """
     tree = Tree(tmp_path / "asynchronous", "asynchronous")
     version = "CREATE TABLE versions AS SELECT '{}' AS alembic, '{}' AS sqlalchemy"
@@ -82,7 +82,9 @@ def test_m06_run_after_run_in_one_worker(
 def test_m06_process_that_the_tree_leaves_behind(
     database: Database, tree: Tree, start_migrate: StartMigrate, killed: bool
 ) -> None:
-    """What env.py has started and never ends, with our pipes in its hands, does not keep the step, and ends with it."""
+    """A process that env.py starts with our pipes, and that never ends, does not delay the step, and is killed
+    with it.
+    """
     tree.revision("one").revision("two", barrier())
     env, pid_file = tree.folder / "env.py", tree.folder / "pid"
     start = "import pathlib, subprocess\nleft = subprocess.Popen(['sleep', '600'])\n"
@@ -100,7 +102,7 @@ def test_m06_process_that_the_tree_leaves_behind(
 
 
 def test_m06_interpreter_that_does_not_start(tree: Tree, start_migrate: StartMigrate, tmp_path: Path) -> None:
-    """BIFROST_ALEMBIC_PYTHON that names no program ends in 78 with its name, at once."""
+    """If BIFROST_ALEMBIC_PYTHON names no program, the step ends with 78 at once and names it."""
     tree.revision("one")
     done = outcome(start_migrate(BIFROST_ALEMBIC_PYTHON=str(tmp_path / "python")))
     assert (done.code, done.facts["error"]) == (78, "SettingsError")
@@ -111,8 +113,8 @@ def test_m06_interpreter_that_does_not_start(tree: Tree, start_migrate: StartMig
 def test_m06_interpreter_without_alembic(
     database: Database, tree: Tree, start_migrate: StartMigrate, tmp_path: Path, asked: bool
 ) -> None:
-    """BIFROST_ALEMBIC_PYTHON without Alembic ends in 78 with its name and what is missing, at the first try, whether
-    the tree is read from its source or Alembic has to be asked for it.
+    """If BIFROST_ALEMBIC_PYTHON has no Alembic, the step ends with 78 at the first attempt and names what is
+    missing, whether the tree is read from its source or by Alembic.
     """
     tree.revision("one")
     if asked:
@@ -128,7 +130,7 @@ def test_m06_interpreter_without_alembic(
 
 
 def test_m06_modules_of_the_tree_are_its_own(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Modules of the tree with the names of ours are the tree's, and our folder is not on its import path."""
+    """A module of the tree with the name of one of ours is that of the tree. Our folder is not in its import path."""
     names = ("events", "drivers", "upgrade", "lock", "celery")
     for name in names:
         (tree.folder / f"{name}.py").write_text('WHOSE = "the tree\'s"\n')

@@ -1,4 +1,4 @@
-"""M7: killed in the middle, the next run completes, and never beside what the dead one has left in the server."""
+"""M7: after a kill, the next run completes, and never runs beside what the killed run left in the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.setups.migration import (
 @pytest.mark.race
 @pytest.mark.parametrize("victim", ["holder", "runner", "both"])
 def test_m07_killed_in_a_transaction(database: Database, tree: Tree, start_migrate: StartMigrate, victim: str) -> None:
-    """SIGKILL while a statement of a revision runs: its session goes within seconds and the next run completes."""
+    """SIGKILL while a statement runs: its session ends within seconds, and the next run completes."""
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
         step = start_migrate(BIFROST_MIGRATION_LOCK_TIMEOUT="10m")
@@ -62,8 +62,8 @@ def test_m07_killed_outside_a_transaction(
     pooled: bool,
     kind: Literal["plain", "asynchronous"],
 ) -> None:
-    """SIGKILL of the holder while a statement runs that no transaction of ours is around: its runner has it cancelled,
-    behind a pooler too, before anybody else comes.
+    """SIGKILL of the holder while a statement runs outside a transaction: its runner cancels the statement
+    before the next holder starts, also behind a pooler.
     """
     block = f"with op.get_context().autocommit_block():\n        {barrier()}"
     tree = Tree(tmp_path / kind, kind).revision("one").revision("two", block)
@@ -85,8 +85,8 @@ def test_m07_killed_outside_a_transaction(
 
 @pytest.mark.race
 def test_m07_all_killed_outside_a_transaction(database: Database, tmp_path: Path, start_migrate: StartMigrate) -> None:
-    """SIGKILL of holder and runner while asyncpg runs a statement in an `autocommit_block`: the server notices itself,
-    as it does within a transaction of the tree.
+    """SIGKILL of holder and runner while asyncpg runs a statement in an `autocommit_block`: the server notices
+    the closed connection, as it does in a transaction.
     """
     block = f"with op.get_context().autocommit_block():\n        {barrier()}"
     tree = Tree(tmp_path / "asynchronous", "asynchronous").revision("one").revision("two", block)
@@ -110,7 +110,7 @@ def test_m07_all_killed_outside_a_transaction(database: Database, tmp_path: Path
 def test_m07_server_that_cannot_check_its_connections(
     database: Database, tree: Tree, start_migrate: StartMigrate, version: str | None, interval: str
 ) -> None:
-    """Only a server that says it is on Linux is told to look whether its client is there; others refuse the setting."""
+    """client_connection_check_interval is set only for servers on Linux, because others reject it."""
     if version:
         # There is no such server here; this one gives itself out for it.
         database.execute(f'ALTER DATABASE "{database.name}" SET search_path = public, pg_catalog')
@@ -125,7 +125,7 @@ def test_m07_server_that_cannot_check_its_connections(
 def test_m07_build_that_another_role_has_left(
     postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """A holder whose role may not see whose statement a concurrent build is waits for its end, and begins after it."""
+    """If the role may not see the statement of a concurrent build, the holder waits until the build ends."""
     other = f"other_{database.name}"
     with postgres.admin(database.name) as admin:
         admin.execute(f"CREATE ROLE {other} LOGIN PASSWORD '{postgres.app_password}'".encode())
@@ -153,8 +153,8 @@ def test_m07_build_that_another_role_has_left(
 def test_m07_m13_killed_in_a_concurrent_build(
     database: Database, tree: Tree, start_migrate: StartMigrate, if_not_exists: bool
 ) -> None:
-    """SIGKILL while an index is built: the build lives on in the server, the next holder ends it, drops what it left,
-    and builds the index anew.
+    """SIGKILL while an index is built: the build continues in the server. The next holder ends it, drops the
+    INVALID index and builds it again.
     """
     tree.revision("one").revision("two", concurrent_index("ix_two", if_not_exists=if_not_exists))
     assert outcome(start_migrate(), 60).code == 0  # both, so that the table is there

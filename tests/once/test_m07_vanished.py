@@ -1,4 +1,4 @@
-"""M7 and M3: a holder that vanishes without a FIN, and a server that goes away in the middle."""
+"""M7 and M4: a holder that vanishes without a FIN, and a server that fails during a revision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BETWEEN_TWO_STATEMENTS = """
 
 @pytest.fixture
 def host(postgres: Postgres) -> Iterator[Proxy]:
-    """The host that the step of this test runs on, seen from the server."""
+    """A proxy: the host of the step, as the server sees it."""
     if not isinstance(postgres, PostgresServer):
         pytest.skip("the host stands before a server of our own")
     if sys.platform != "linux":
@@ -42,8 +42,8 @@ def host(postgres: Postgres) -> Iterator[Proxy]:
 def test_m07_holder_vanishes_without_a_word(
     database: Database, tree: Tree, start_migrate: StartMigrate, host: Proxy, within_an_answer: bool
 ) -> None:
-    """The host of a holder is gone between two packets, or before it has acknowledged an answer: the server notices
-    within the 60 seconds that the next run has, which then ends what the dead runner has left, and completes.
+    """The host of a holder vanishes between two packets, or before it acknowledges an answer: the server
+    notices within the 60 s of the next run, which ends the old session and completes.
     """
     tree.revision("one").revision("two", barrier())
     with Barrier(database) as stop:
@@ -81,8 +81,8 @@ def test_m04_connection_breaks_between_two_statements(
     start_migrate: StartMigrate,
     kind: Literal["plain", "asynchronous"],
 ) -> None:
-    """The runner's connection alone breaks while no statement is under way: what notices is our own proof of the lock,
-    and the revision is tried again.
+    """Only the connection of the runner breaks, between two statements. The proof of the lock notices it, and
+    the revision is retried.
     """
     if not isinstance(postgres, PostgresServer):
         pytest.skip("the proxy stands before a server of our own")
@@ -111,8 +111,8 @@ def test_m04_server_restarts_in_the_middle(
     start_migrate: StartMigrate,
     kind: Literal["plain", "asynchronous"],
 ) -> None:
-    """PostgreSQL is killed while a revision runs and comes back: the step tries again and completes, each revision
-    once, whichever driver the tree has.
+    """PostgreSQL is killed during a revision and restarts: the step retries and applies each revision once,
+    with every driver.
     """
     server = start_server(PostgresServer(run_folder))
     database = server.create_database()
@@ -143,8 +143,8 @@ def test_m04_tree_without_connection_tries_again(
     start_migrate: StartMigrate,
     kind: Literal["plain", "asynchronous"],
 ) -> None:
-    """The lock has its connection and env.py gets none: tried again until it does, and never taken for a revision that
-    failed.
+    """The lock has a connection and env.py gets none: the step retries until it gets one, and reports no
+    failed revision.
     """
     if not isinstance(postgres, PostgresServer):
         pytest.skip("the proxy stands before a server of our own")
@@ -169,8 +169,8 @@ def test_m04_server_freezes_in_the_middle(
     tree: Tree,
     start_migrate: StartMigrate,
 ) -> None:
-    """A server that is frozen while a revision runs acknowledges and never answers: the step takes its lock for lost
-    and ends with 69, instead of waiting for ever; nothing of the revision is recorded when the server goes on.
+    """A server freezes during a revision, accepts data and never replies: the step treats its lock as lost and
+    ends with 69. Nothing of the revision is recorded when the server continues.
     """
     server = start_server(PostgresServer(run_folder))
     database = server.create_database()

@@ -1,4 +1,4 @@
-"""M7 with the worker: whatever of it is killed in the middle of a migration, the init that waits sees to the rest."""
+"""M7 with the worker: a part of the worker is killed during a migration, and the same init completes it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_m07_worker_killed_in_the_middle(
     start_worker: StartWorker,
     victim: str,
 ) -> None:
-    """SIGKILL of the process that runs the task, of the worker, of all of it: nothing is half applied, another worker
+    """SIGKILL of the task process, of the worker, or of both: no revision is applied in part, another worker
     completes the migration, and the same init exits 0.
     """
     tree.revision("one").revision("two", barrier())

@@ -1,4 +1,6 @@
-"""M12: a migration outlives the broker's consumer timeout, also while more chains wait than the worker has slots."""
+"""M12: a migration takes longer than the consumer timeout of RabbitMQ, while more chains wait than the worker
+has slots.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def test_m12_outlives_the_consumer_timeout(
     start_command: StartCommand,
     start_worker: StartWorker,
 ) -> None:
-    """A revision runs for several consumer timeouts while three more chains wait behind it: it is applied once, all
-    inits exit 0, and the worker goes on.
+    """A revision runs for several consumer timeouts while three chains wait: it is applied once, all inits
+    exit 0, and the worker lives.
     """
     broker = start_server(RabbitmqServer(run_folder, [f"consumer_timeout = {CONSUMER_TIMEOUT * 1000}"]))
     # For the channels that are opened from now on; no setting of the file.

@@ -1,4 +1,4 @@
-"""M13: an index that an interrupted build has left INVALID does not stay."""
+"""M13: an INVALID index of an interrupted build is repaired."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def leave_invalid(database: Database, statement: str, before_cancel: Callable[[]
 def test_m13_revision_heals_its_own_index(
     database: Database, tree: Tree, start_migrate: StartMigrate, if_not_exists: bool
 ) -> None:
-    """With and without IF NOT EXISTS: the INVALID index of the revision's name is dropped and built anew."""
+    """The INVALID index of the revision is dropped and built again, with and without IF NOT EXISTS."""
     tree.revision("one")
     assert outcome(start_migrate()).code == 0
     leave_invalid(database, "CREATE INDEX CONCURRENTLY ix_two ON applied (revision)")
@@ -65,7 +65,7 @@ def test_m13_revision_heals_its_own_index(
 
 @pytest.mark.parametrize("name", ['"a""b"', "ix$1"])
 def test_m13_names(database: Database, tree: Tree, start_migrate: StartMigrate, name: str) -> None:
-    """Whatever name the index has, and comments in between."""
+    """The same with special characters in the name of the index, and with comments in the statement."""
     tree.revision("one")
     assert outcome(start_migrate()).code == 0
     leave_invalid(database, f"CREATE INDEX CONCURRENTLY {name} ON applied (revision)")
@@ -81,8 +81,8 @@ def test_m13_names(database: Database, tree: Tree, start_migrate: StartMigrate, 
 def test_m13_if_not_exists_behind_a_build_that_fails(
     database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """IF NOT EXISTS waits for another session's build of that name, which is then cancelled: it finds the name taken,
-    and the INVALID index is not recorded as built.
+    """IF NOT EXISTS waits for a build of another session that is then cancelled. The INVALID index is not
+    recorded as built.
     """
     tree.revision("one")
     assert outcome(start_migrate()).code == 0
@@ -108,8 +108,8 @@ def test_m13_if_not_exists_behind_a_build_that_fails(
 def test_m13_hidden_build_of_another_table(
     postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """While another role, whose progress ours may not see, builds an index on its own table, the INVALID index of the
-    revision's name is dropped and built anew all the same, and another one is reported.
+    """While another role, whose progress is hidden, builds an index on its own table, the INVALID index of the
+    revision is dropped and built again, and other ones are reported.
     """
     tree.revision("one")
     assert outcome(start_migrate()).code == 0
@@ -154,9 +154,7 @@ def waits_for_writer(database: Database, pid: int) -> bool:
 
 
 def test_m13_others_are_reported(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """INVALID indexes that are no revision's business are left alone and named with the statement that repairs them,
-    which does.
-    """
+    """INVALID indexes of no revision are not changed. They are reported with the statement that repairs them."""
     tree.revision("one", 'op.execute("CREATE INDEX ix_kept ON applied (pid)")')
     assert outcome(start_migrate()).code == 0
     leave_invalid(database, 'CREATE INDEX CONCURRENTLY "ix Other" ON applied (revision)')
@@ -178,7 +176,7 @@ def test_m13_others_are_reported(database: Database, tree: Tree, start_migrate: 
 def test_m13_hidden_build_of_the_same_table(
     postgres: Postgres, database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """The index that another role, whose progress ours may not see, is building is neither dropped nor reported."""
+    """An index that another role builds, whose progress is hidden, is neither dropped nor reported."""
     tree.revision("one")
     assert outcome(start_migrate()).code == 0
     tree.revision("two", concurrent_index("ix_hidden", before=barrier()))
@@ -201,8 +199,8 @@ def test_m13_hidden_build_of_the_same_table(
 def test_m13_index_under_construction_is_not_dropped(
     database: Database, tree: Tree, start_migrate: StartMigrate
 ) -> None:
-    """An INVALID index of the revision's name that another session is building is not dropped: the session finishes,
-    and the revision fails with the server's own words.
+    """An INVALID index that another session is building is not dropped. That session finishes, and the
+    revision fails with the error of the server.
     """
     tree.revision("one")
     assert outcome(start_migrate()).code == 0

@@ -1,4 +1,4 @@
-"""M15: a revision that ends its transaction itself; from the next revision on there is a transaction again."""
+"""M15: a revision ends its transaction itself. The next revision has a transaction again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(start_migrate: StartMigrate, tree: Tree, **variables: str) -> Command:
 
 @pytest.fixture(params=["asyncpg", "psycopg", pytest.param("psycopg2", marks=pytest.mark.slow)])
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
-    """The same tree with each driver, whose first revision makes an enum."""
+    """A tree for each driver. Its first revision creates an enum."""
     driver = request.param
     tree = Tree(tmp_path / "tree", "asynchronous" if driver == "asyncpg" else "plain")
     if driver != "asyncpg":
@@ -52,7 +52,7 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
 
 
 def test_m15_lock_and_transaction_come_back(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """The revision after the raw COMMIT bears the runner's lock and `lock_timeout`, and the one before is recorded."""
+    """The revision after the raw COMMIT has the shared lock and `lock_timeout`, and the one before is recorded."""
     tree.revision("commits", ADD_VALUE).revision("next", barrier())
     with Barrier(database) as stop:
         step = start(start_migrate, tree)
@@ -68,7 +68,7 @@ def test_m15_lock_and_transaction_come_back(database: Database, tree: Tree, star
 
 
 def test_m15_failure_in_the_next_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A revision behind the raw COMMIT is all or nothing, and what came before it stays applied."""
+    """A revision after the raw COMMIT is applied completely or not at all, and the earlier ones stay applied."""
     tree.revision("commits", ADD_VALUE).revision(
         "half", 'op.execute("CREATE TABLE half (id int)")\n    op.execute("SELECT 1 / 0")'
     )
@@ -86,7 +86,7 @@ def test_m15_failure_in_the_next_revision(database: Database, tree: Tree, start_
     ],
 )
 def test_m15_concurrent_index_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate, end: str) -> None:
-    """The rest of the revision is as an `autocommit_block`: an index can be built concurrently."""
+    """The rest of the revision can build an index concurrently, as in an `autocommit_block`."""
     body = f"op.execute({end!r})\n    op.execute('CREATE INDEX CONCURRENTLY ix ON applied (revision)')"
     tree.revision("commits", body).revision("next")
     done = outcome(start(start_migrate, tree))
@@ -96,7 +96,7 @@ def test_m15_concurrent_index_behind_it(database: Database, tree: Tree, start_mi
 
 
 def test_m15_begin_by_hand_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A BEGIN by hand begins a transaction that bears the lock: what fails in it is taken back."""
+    """BEGIN starts a transaction with the shared lock. If it fails, it is rolled back."""
     body = (
         ADD_VALUE
         + '    op.execute("BEGIN")\n    op.execute("CREATE TABLE half (id int)")\n    op.execute("SELECT 1 / 0")'
@@ -109,7 +109,7 @@ def test_m15_begin_by_hand_behind_it(database: Database, tree: Tree, start_migra
 
 @pytest.mark.race
 def test_m15_several_at_once(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Five at once: every revision once, all end with 0."""
+    """Five steps at once: every revision is applied once, and all exit 0."""
     tree.revision("commits", ADD_VALUE)
     for number in range(BEHIND):
         tree.revision(f"r{number}", f"op.execute('CREATE TABLE t{number} (id int)')")
@@ -120,7 +120,7 @@ def test_m15_several_at_once(database: Database, tree: Tree, start_migrate: Star
 
 @pytest.mark.race
 def test_m15_killed_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Killed with all that it started at a random moment behind the raw COMMIT: the next run completes."""
+    """Killed at a random moment after the raw COMMIT: the next run completes."""
     tree.revision("commits", ADD_VALUE)
     for number in range(BEHIND * KILLS):
         tree.revision(
@@ -141,7 +141,7 @@ def test_m15_killed_behind_it(database: Database, tree: Tree, start_migrate: Sta
 def test_m15_behind_a_busy_pooler(
     database: Database, tree: Tree, start_migrate: StartMigrate, start_pool: StartPool
 ) -> None:
-    """PgBouncer in transaction mode with other clients in the same pool: once, and 0."""
+    """PgBouncer in transaction pooling mode with other clients in the same pool: applied once, exit 0."""
     pool = start_pool(4)
     url = pool.url(database.name)
     tree.revision("commits", ADD_VALUE)
@@ -154,7 +154,7 @@ def test_m15_behind_a_busy_pooler(
 
 
 def test_m15_rollback_by_hand(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A ROLLBACK takes back what was not committed; the rest of the revision runs, and the next ones are whole."""
+    """ROLLBACK undoes what was not committed. The rest of the revision runs, and the next ones are complete."""
     assert outcome(start(start_migrate, tree)).code == 0
     undone = 'op.execute("CREATE TABLE undone (id int)")\n    op.execute("ROLLBACK")'
     undone += '\n    op.execute("CREATE TABLE kept (id int)")'
@@ -166,7 +166,7 @@ def test_m15_rollback_by_hand(database: Database, tree: Tree, start_migrate: Sta
 
 
 def test_m15_rollback_of_earlier_revisions(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Where it takes back earlier revisions of the same transaction, the run fails and nothing is recorded."""
+    """If ROLLBACK undoes earlier revisions of the same transaction, the run fails and records nothing."""
     tree.revision("takes_back", 'op.execute("ROLLBACK")')
     failed = outcome(start(start_migrate, tree))
     assert failed.code == 1
@@ -174,7 +174,7 @@ def test_m15_rollback_of_earlier_revisions(database: Database, tree: Tree, start
 
 
 def test_m15_killed_in_the_rest_of_the_revision(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """What follows the raw COMMIT in its revision is all or nothing, with the version."""
+    """The statements after the raw COMMIT are applied with the version, or not at all."""
     rest = 'op.execute("CREATE TABLE once (id int)")\n    ' + barrier()
     tree.revision("commits", ADD_VALUE + "    " + rest)
     with Barrier(database) as stop:
@@ -188,7 +188,7 @@ def test_m15_killed_in_the_rest_of_the_revision(database: Database, tree: Tree, 
 
 
 def test_m15_index_between_two_statements(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A concurrent build behind the raw COMMIT, and transactions before and after it."""
+    """After the raw COMMIT: a concurrent build, with transactions before and after it."""
     body = ADD_VALUE + (
         "    op.execute('CREATE INDEX CONCURRENTLY ix ON applied (revision)')\n"
         "    op.execute('CREATE TABLE after (id int)')\n    op.execute('SELECT 1 / 0')"
@@ -202,7 +202,7 @@ def test_m15_index_between_two_statements(database: Database, tree: Tree, start_
 
 
 def test_m15_autocommit_block_behind_it(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """Both ways in one revision: in the block each statement is on its own, behind it there is a transaction."""
+    """Raw COMMIT and `autocommit_block` in one revision: autocommit in the block, a transaction after it."""
     body = ADD_VALUE + (
         "    with op.get_context().autocommit_block():\n"
         "        op.execute('CREATE TABLE inside (id int)')\n"

@@ -1,4 +1,4 @@
-"""M16: an env.py that runs its revisions for several schemas is ready when all of them are at head."""
+"""M16: an env.py that runs its revisions for several schemas is at head when all of its version tables are."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_m16_one_tenant_fails(
     bifrost_env: dict[str, str],
     env: str,
 ) -> None:
-    """Every run ends with the failure until it is fixed, `check` is not ready either, and then all are at head."""
+    """Every run fails until the cause is fixed, and `check` is not ready. Then all tables are at head."""
     tree.revision("one").revision("two", FAILS_FOR_ONE)
     (tree.folder / "env.py").write_text(env)
     table = {"BIFROST_ALEMBIC_VERSION_TABLE": "versions_public"} if env == BY_TABLE else {}
@@ -105,7 +105,7 @@ def test_m16_one_tenant_fails(
 
 
 def test_m16_one_tenant_is_behind(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """The table that is read first is at head; one that somebody has set back is not, and is brought there."""
+    """The first version table is at head, another one is behind: it is upgraded."""
     tree.revision("one").revision("two")
     (tree.folder / "env.py").write_text(BY_NAME)
     assert outcome(start_migrate()).code == 0
@@ -141,15 +141,15 @@ RUN = "def run(schema):\n    context.run_migrations()\n"
         ("if offline:\n    context.run_migrations()\nelse:\n    context.run_migrations()", False),
     ],
 )
-def test_m16_what_env_py_does_is_seen(source: str, several: bool, tmp_path: Path) -> None:
-    """Where it is not sure that the revisions are run once, env.py is asked for its version tables."""
+def test_m16_env_py_that_may_run_revisions_twice(source: str, several: bool, tmp_path: Path) -> None:
+    """If env.py may run its revisions more than once, its version tables are asked for."""
     env = tmp_path / "env.py"
     env.write_text(source)
     assert visits_several(env) is several
 
 
 def test_m16_version_table_of_another_application(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """A revision that nobody here knows, in a table that is not the tree's: the tree's own table is named, and
+    """An unknown revision in a table that is not the tree's: the error names the table of the tree, and
     BIFROST_ALLOW_AHEAD does not skip the migration.
     """
     tree.revision("one")
@@ -166,7 +166,9 @@ def test_m16_version_table_of_another_application(database: Database, tree: Tree
 
 
 def test_m16_revision_that_nobody_knows(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
-    """In the tree's own table: a newer image, or another application; both ways out are named."""
+    """An unknown revision in the table of the tree: the error has both explanations, a newer image or another
+    application.
+    """
     tree.revision("one")
     database.execute("CREATE TABLE alembic_version (version_num text)")
     database.execute("INSERT INTO alembic_version VALUES ('theirs')")

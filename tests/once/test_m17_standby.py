@@ -1,4 +1,4 @@
-"""M17: a server in recovery is waited for like one that is away, and a standby takes over in the middle."""
+"""M17: a server in recovery is retried like an unavailable one, and a standby takes over during a revision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ StartPair = Callable[[], tuple[Database, StandbyServer]]
 
 @pytest.fixture
 def pair(run_folder: RunFolder, start_server: StartServer) -> tuple[Database, StandbyServer]:
-    """A database on a primary, and a standby that has it too."""
+    """A database on a primary, and its standby."""
     primary = start_server(PostgresServer(run_folder))
     standby = start_server(StandbyServer(run_folder, primary))
     database = primary.create_database()
@@ -39,7 +39,7 @@ def test_m17_promoted_later(pair: tuple[Database, StandbyServer], tree: Tree, st
 
 
 def test_m17_never_promoted(pair: tuple[Database, StandbyServer], tree: Tree, start_migrate: StartMigrate) -> None:
-    """At the deadline it is a server that was not there in time, and no revision is to be fixed."""
+    """At the deadline the server is unavailable, and no revision is reported as failed."""
     database, standby = pair
     tree.revision("one")
     done = outcome(start_migrate(deadline=4, BIFROST_DATABASE_URL=standby.url(database.name)))
@@ -52,7 +52,7 @@ def test_m17_never_promoted(pair: tuple[Database, StandbyServer], tree: Tree, st
 def test_m17_standby_takes_over(
     pair: tuple[Database, StandbyServer], tree: Tree, start_migrate: StartMigrate, form: str
 ) -> None:
-    """The primary dies in a revision; each revision is there once, and it is 0."""
+    """The primary dies during a revision. Each revision is applied once, and the exit code is 0."""
     database, standby = pair
     tree.revision("one").revision("two", barrier()).revision("three")
     primary = standby.primary
@@ -79,7 +79,7 @@ def test_m17_standby_takes_over(
 def test_m17_several_hosts_and_the_builtin_tree(
     pair: tuple[Database, StandbyServer], start_migrate: StartMigrate
 ) -> None:
-    """A libpq URL with several hosts, of which the first is a standby, serves the builtin tree too."""
+    """A libpq URL with several hosts, the first of which is a standby, works with the built-in tree."""
     database, standby = pair
     login = standby.url().partition("://")[2].partition("@")[0]
     url = f"postgresql://{login}@127.0.0.1:{standby.port},127.0.0.1:{standby.primary.port}/{database.name}"

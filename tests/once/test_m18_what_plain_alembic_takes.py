@@ -1,4 +1,4 @@
-"""M18: a tree that plain `alembic upgrade heads` migrates, typed in the same folder, is migrated by us."""
+"""M18: a tree that `alembic upgrade heads` migrates in the same folder is migrated by the step."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def place(tmp_path: Path, database: Database, clean_env: dict[str, str], start_c
 
 
 def test_m18_ini_in_a_sub_folder(place: Place) -> None:
-    """A relative script_location, and imports of env.py, count from the working folder."""
+    """A relative script_location, and the imports of env.py, are relative to the working folder."""
     place.write({"migrations/alembic.ini": INI.format(location="migrations"), "app_settings.py": ""})
     place.tree("migrations", "import app_settings\n" + ENV)
     place.assert_both("-c", "migrations/alembic.ini", BIFROST_ALEMBIC_CONFIG="migrations/alembic.ini")
@@ -108,7 +108,7 @@ def test_m18_ini_in_a_sub_folder(place: Place) -> None:
 
 @pytest.mark.parametrize("kubernetes", [False, True], ids=["a link", "a ConfigMap"])
 def test_m18_ini_that_is_a_link(place: Place, tmp_path: Path, kubernetes: bool) -> None:
-    """`%(here)s` is the folder of the link, not that of its target."""
+    """`%(here)s` is the folder of the symbolic link, not that of its target."""
     target = tmp_path / ("..2026_01" if kubernetes else "target")
     target.mkdir()
     (target / "alembic.ini").write_text(INI.format(location="%(here)s/alembic"))
@@ -148,7 +148,7 @@ def test_m18_pyproject(place: Place, files: dict[str, str], arguments: list[str]
 
 
 def test_m18_no_tree_at_all(place: Place) -> None:
-    """A pyproject.toml of something else is no tree: 78, and all that was looked for is named."""
+    """A pyproject.toml without `[tool.alembic]` is no tree: 78, with every place that was searched."""
     place.write({"pyproject.toml": '[project]\nname = "x"\n'})
     done = place.migrate()
     assert done.code == 78
@@ -160,7 +160,7 @@ def test_m18_no_tree_at_all(place: Place) -> None:
 
 
 def test_m18_cmd_opts(place: Place) -> None:
-    """env.py finds the options of the command line that an operator would type."""
+    """env.py finds the options of Alembic's command line."""
     wanted = 'opts = context.config.cmd_opts\nassert opts.x == ["tenant=acme corp", "dry=no"], opts.x\n'
     wanted += 'assert opts.cmd[0].__name__ == "upgrade" and opts.revision == "heads" and not opts.sql\n'
     wanted += 'assert context.get_x_argument(as_dictionary=True) == {"tenant": "acme corp", "dry": "no"}\n'
@@ -170,7 +170,7 @@ def test_m18_cmd_opts(place: Place) -> None:
 
 
 def test_m18_name(place: Place) -> None:
-    """`--name`: another section of the ini."""
+    """`--name` selects another section of the ini file."""
     ini = "[alembic]\nscript_location = gone\n\n[billing]\nscript_location = money\n"
     place.write({"alembic.ini": ini})
     place.tree("money")
@@ -178,7 +178,7 @@ def test_m18_name(place: Place) -> None:
 
 
 def test_m18_malformed_options(place: Place) -> None:
-    """A quotation mark without its twin is a fault of the setting, named."""
+    """A quotation mark without its partner is an error that names the setting."""
     done = place.migrate(BIFROST_ALEMBIC_X="tenant='acme")
     assert (done.code, "BIFROST_ALEMBIC_X" in done.facts["message"]) == (78, True)
 
@@ -192,7 +192,7 @@ def test_m18_malformed_options(place: Place) -> None:
     ids=["reads", "starts what reads"],
 )
 def test_m18_stdin_is_empty(place: Place, body: str) -> None:
-    """Who reads it, and what a revision starts, meets its end at once."""
+    """A read from stdin, in a revision or in a process that it starts, returns at once."""
     place.write({"alembic.ini": INI.format(location="alembic")})
     place.tree(bodies={"a1": "pass", "a2": body})
     place.assert_both()
@@ -249,7 +249,7 @@ asyncio.run(main())
     ids=["set", "setting", "two"],
 )
 def test_m18_isolation_of_a_revision(place: Place, env: str, statements: list[str]) -> None:
-    """A revision that begins with SET TRANSACTION has that isolation, and is tied to the migration lock."""
+    """A revision that begins with SET TRANSACTION has this isolation level and the shared lock."""
     level = "serializable" if "SERIALIZABLE" in statements[0] else "repeatable read"
     look = "assert op.get_bind().exec_driver_sql('SHOW transaction_isolation').scalar() == " + repr(level)
     locks = "SELECT count(*) AS n FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory' AND objid = 2"
@@ -261,7 +261,7 @@ def test_m18_isolation_of_a_revision(place: Place, env: str, statements: list[st
 
 
 def test_m18_isolation_too_late(place: Place) -> None:
-    """After a query the server refuses it, as it does under plain Alembic, and nothing is taken back."""
+    """After a query the server rejects SET TRANSACTION, as with plain Alembic, and nothing is rolled back by us."""
     late = "op.execute('SELECT 1')\n    op.execute('SET TRANSACTION ISOLATION LEVEL SERIALIZABLE')"
     place.write({"alembic.ini": INI.format(location="alembic")})
     place.tree(env=ONE_EACH, bodies={"a1": "pass", "a2": late})
@@ -273,7 +273,7 @@ def test_m18_isolation_too_late(place: Place) -> None:
 
 
 def test_m18_independent_bases(place: Place) -> None:
-    """A trunk without a label, and a plugin with a base, a label and a dependency of its own."""
+    """A base without label, and a plugin with its own base, label and dependency."""
     place.write({"alembic.ini": INI.format(location="alembic")})
     place.tree()
     plugin = REVISION.format(name="p1", down=None, body="pass")
@@ -291,7 +291,7 @@ def test_m18_independent_bases(place: Place) -> None:
 
 
 def test_m18_two_heads_of_one_base(place: Place) -> None:
-    """Without labels they are an accident, and are refused as before."""
+    """Two heads without labels are an error."""
     place.write({"alembic.ini": INI.format(location="alembic")})
     place.tree()
     place.write({"alembic/versions/a3.py": REVISION.format(name="a3", down="a1", body="pass")})

@@ -1,4 +1,4 @@
-"""A headless Chromium with its driver, from the machine's packages; nothing is fetched for it."""
+"""A headless Chromium and its driver, from the packages of the machine. Nothing is downloaded."""
 
 from __future__ import annotations
 

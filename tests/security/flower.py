@@ -1,4 +1,4 @@
-"""Flower as an operator starts it, and what an HTTP client sees of it."""
+"""Flower as an operator starts it, and an HTTP client for it."""
 
 from __future__ import annotations
 

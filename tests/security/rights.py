@@ -1,4 +1,4 @@
-"""The users of docs/security.md on real servers, made by the page's own commands."""
+"""The users of docs/security.md on real servers, created with the commands of that page."""
 
 from __future__ import annotations
 

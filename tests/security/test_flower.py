@@ -1,4 +1,4 @@
-"""Watching in Flower, with the least rights: logins, tasks with names, states and results, metrics, no secret."""
+"""Flower with least rights: login, tasks with names, states and results, metrics, no secret."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONLINE = re.compile(r'flower_worker_online\{worker="bootstrap-\d+@[^"]*"\} 1')
 
 @pytest.fixture
 def env(deployment: Deployment, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A deployment with the rights of docs/security.md."""
+    """The environment of a deployment with the rights of docs/security.md."""
     with no_rights(deployment, tmp_path / "programs") as rights:
         for name in ("rabbitmq", "redis", "postgres"):
             rights.grant(name)
@@ -52,7 +52,7 @@ def worker(env: dict[str, str], start_worker: StartWorker) -> Command:
 
 @pytest.fixture
 def flower(env: dict[str, str], worker: Command, start_command: StartCommand, run_bootstrap: RunBootstrap) -> Flower:
-    """Flower, beside a worker that has run the chain of an init."""
+    """Flower, with a worker that has run the chain of an init."""
     flower = start_flower(start_command, env)
     wait_until(lambda: bool(ONLINE.search(flower.get("/metrics"))), "the worker in Flower")
     done = run_bootstrap("init", env=env)
@@ -66,7 +66,9 @@ def flower(env: dict[str, str], worker: Command, start_command: StartCommand, ru
 def test_flower_shows_what_was_done_and_no_secret(
     flower: Flower, env: dict[str, str], run_command: RunCommand, run_folder: RunFolder
 ) -> None:
-    """Names, states, results and run times; nothing without the login but health and metrics; a secret nowhere."""
+    """Names, states, results and run times of the tasks. Without login only health and metrics. No secret on
+    any page.
+    """
     for task in flower.tasks().values():
         assert task["state"] == "SUCCESS"
         assert task["runtime"] > 0
@@ -96,9 +98,8 @@ def test_flower_shows_what_was_done_and_no_secret(
 
 
 def test_metrics_that_the_alert_rules_use(flower: Flower, worker: Command) -> None:
-    """
-    Each metric, label and value in deploy/monitoring/alerts.yml is one that Flower exports after an init; a worker
-    that was killed is online no more.
+    """Flower exports each metric, label and value of deploy/monitoring/alerts.yml after an init. A killed
+    worker is offline.
     """
     metrics = flower.get("/metrics", None)
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
@@ -123,7 +124,7 @@ def test_metrics_that_the_alert_rules_use(flower: Flower, worker: Command) -> No
 
 
 def test_alert_rules_by_prometheus_own_tool(outside: Outside) -> None:
-    """`promtool` reads the rules, and they fire when they should and not otherwise (tests/security/alerts_test.yml)."""
+    """`promtool` accepts the rules, and they fire when they should (tests/security/alerts_test.yml)."""
     promtool = shutil.which("promtool")
     if promtool is None:
         lacks_server("promtool is not installed (Debian, Ubuntu: package prometheus)", in_ci=outside.in_ci)
@@ -135,7 +136,7 @@ def test_alert_rules_by_prometheus_own_tool(outside: Outside) -> None:
 
 
 def test_flower_in_a_browser(flower: Flower, run_folder: RunFolder, outside: Outside) -> None:
-    """A browser logs in, finds both tasks of the init in the list, and the result on the page of one."""
+    """A browser logs in, and finds both tasks of the init and the result of one."""
     warm = flower.wait_for_task(WARM)
     try:
         with browsers.browser(run_folder) as window:

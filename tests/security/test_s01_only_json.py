@@ -1,4 +1,4 @@
-"""S1: only JSON is accepted, from the broker and from the result backend; what is refused runs and ends nothing."""
+"""S1: broker and result backend accept JSON only. Anything else is rejected, runs nothing and stops nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bomb:
 
 @pytest.fixture
 def exploded(tmp_path: Path) -> Path:
-    """The file that the bombs create. That they do so is seen here, or the tests below would prove nothing."""
+    """The file that the pickles create. The fixture first checks that they do."""
     control = tmp_path / "control"
     pickle.loads(pickle.dumps(Bomb(control)))  # noqa: S301
     assert control.exists()
@@ -39,7 +39,7 @@ def exploded(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bomb(exploded: Path) -> bytes:
-    """A pickled bomb."""
+    """A pickle that creates the file `exploded`."""
     return pickle.dumps(Bomb(exploded))
 
 
@@ -56,7 +56,7 @@ def bomb(exploded: Path) -> bytes:
 def test_s01_message_of_another_content_type(
     deployment: Deployment, content_type: str, body: bytes | None, said: str, bomb: bytes, exploded: Path
 ) -> None:
-    """It is refused with its content type in the log, and the worker takes the next task."""
+    """The message is rejected, the log has its content type, and the worker runs the next task."""
     worker = deployment.start_worker()
     deployment.publish(body or bomb, content_type=content_type, task=MIGRATE)
     worker.wait_for(said)
@@ -68,7 +68,7 @@ def test_s01_message_of_another_content_type(
 
 
 def test_s01_message_that_no_worker_can_run(deployment: Deployment) -> None:
-    """One of an unknown task, with wrong arguments or with a body that is no task's is refused; the worker goes on."""
+    """A message with an unknown task, wrong arguments or an invalid body is rejected, and the worker continues."""
     worker = deployment.start_worker()
     deployment.publish(b"[[], {}, {}]", task="bifrost.bootstrap.unknown")
     worker.wait_for("unregistered task of type 'bifrost.bootstrap.unknown'")
@@ -82,7 +82,7 @@ def test_s01_message_that_no_worker_can_run(deployment: Deployment) -> None:
 
 
 def test_s01_remote_control_takes_json_only(deployment: Deployment, bomb: bytes, exploded: Path) -> None:
-    """The workers' remote control hears everybody who may publish to its exchange: pickled words are refused."""
+    """The remote control of the workers rejects pickles."""
     worker = deployment.start_worker()
     with kombu.Connection(deployment.stack.rabbitmq.url(deployment.vhost)) as connection:
         channel = connection.default_channel
@@ -111,7 +111,7 @@ def _ids(log: str) -> tuple[str, str]:
 def test_s01_init_meets_a_result_that_is_not_json(
     deployment: Deployment, key: str, bomb: bytes, exploded: Path
 ) -> None:
-    """Somebody has written a pickle where init looks for a result: it is named, the work is done, init ends with 0."""
+    """A pickle is stored as a result: init names it, the work is done, and init exits 0."""
     deployment.hold("warming")
     deployment.start_worker()
     init = deployment.start_init()
@@ -138,7 +138,7 @@ def test_s01_init_meets_a_result_that_is_not_json(
 def test_s01_celery_result_of_something_that_is_not_ours(
     deployment: Deployment, kind: str, bomb: bytes, exploded: Path
 ) -> None:
-    """The stock command refuses it, and runs nothing of it."""
+    """`celery result` rejects a foreign result and executes nothing."""
     stored = {
         "pickle": bomb,
         "yaml": f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{exploded}]]".encode(),
@@ -164,7 +164,7 @@ def test_s01_celery_result_of_something_that_is_not_ours(
 
 
 def test_s01_failure_in_the_result_backend_names_a_foreign_class(deployment: Deployment, exploded: Path) -> None:
-    """Init rebuilds errors of our own tree only: any other class is a bug's report, and is never called."""
+    """Init creates errors of our own classes only. Another class is reported as a bug, and is never called."""
     deployment.hold("warming")
     deployment.start_worker()
     init = deployment.start_init()

@@ -1,4 +1,4 @@
-"""S2: the rights of docs/security.md suffice; with one too few the error names server and right."""
+"""S2: the rights of docs/security.md suffice. With one right less, the error names server and right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rights(deployment: Deployment, tmp_path: Path) -> Iterator[Rights]:
 
 @pytest.fixture
 def granted(rights: Rights) -> Rights:
-    """A deployment with all rights of the page."""
+    """A deployment with all rights of docs/security.md."""
     for name in ("rabbitmq", "redis", "postgres"):
         rights.grant(name)
     return rights
@@ -37,7 +37,9 @@ def granted(rights: Rights) -> Rights:
 def test_s02_with_these_rights_everything_works(
     granted: Rights, start_worker: StartWorker, run_bootstrap: RunBootstrap, run_command: RunCommand
 ) -> None:
-    """init, check, rewarm, the worker, `celery call`, `result`, `inspect`; and nothing else was asked for in Redis."""
+    """init, check, rewarm, the worker, `celery call`, `result` and `inspect` work, and Redis logs no rejected
+    command.
+    """
     env = granted.env
     worker = start_worker(env=env)
     done = run_bootstrap("init", env=env)
@@ -63,13 +65,13 @@ def test_s02_with_these_rights_everything_works(
 
 
 def test_s02_init_with_its_own_worker(granted: Rights, run_bootstrap: RunBootstrap) -> None:
-    """The queue of one run is within the rights too."""
+    """The queue of `init --with-worker` is within the rights too."""
     done = run_bootstrap("init", "--with-worker", env=granted.env)
     assert done.returncode == 0, done.stderr
 
 
 def test_s02_the_readers_password_is_the_readers(granted: Rights) -> None:
-    """Who knows the reader's URL cannot log in as the role that migrates."""
+    """The password of the reader is not that of the role that migrates."""
     reader = granted.env["BIFROST_DATABASE_URL"]
     psycopg.connect(reader).close()
     psycopg.connect(granted.env["BIFROST_MIGRATION_DATABASE_URL"]).close()
@@ -78,7 +80,7 @@ def test_s02_the_readers_password_is_the_readers(granted: Rights) -> None:
 
 
 def test_s02_the_reader_can_change_nothing(granted: Rights, run_bootstrap: RunBootstrap) -> None:
-    """The positive control of "only": the reader has no DDL and no writing, the Redis user no key of anybody else."""
+    """The reader has no DDL and no write in PostgreSQL, and no key of another application in Redis."""
     assert run_bootstrap("init", "--with-worker", env=granted.env).returncode == 0
     with psycopg.connect(granted.env["BIFROST_DATABASE_URL"], autocommit=True) as reader:
         for statement in ("CREATE TABLE mine (n int)", "DELETE FROM workspace_files", "DROP TABLE workspace_files"):
@@ -118,17 +120,17 @@ INIT = ("init", "--with-worker", "--timeout", "90s")
     ],
     ids=["publish", "queue", "queue of a worker", "control"],
 )
-def test_s02_a_right_too_few_in_rabbitmq(
+def test_s02_missing_right_in_rabbitmq(
     rights: Rights, less: str, command: tuple[str, ...], named: str, run_bootstrap: RunBootstrap
 ) -> None:
-    """It ends with 78 and RabbitMQ's words."""
+    """The exit code is 78, with the error of RabbitMQ."""
     code, said = run_with_one_right_too_few(rights, "rabbitmq", less, run_bootstrap, *command)
     assert re.search(f"ERROR .*RabbitMQ 127.0.0.1.* rejected the connection: .*{named}", said), said
     assert code == 78, said
 
 
 def test_s02_without_events_only_flower_sees_less(rights: Rights, run_bootstrap: RunBootstrap) -> None:
-    """Events are for Flower: a worker that may not publish them does its work all the same."""
+    """A worker without the right to publish events does its work."""
     code, said = run_with_one_right_too_few(rights, "rabbitmq", r"celeryev(\..+)?|", run_bootstrap, *INIT)
     assert code == 0, said
 
@@ -145,8 +147,8 @@ def test_s02_without_events_only_flower_sees_less(rights: Rights, run_bootstrap:
     ],
     ids=["keys", "channels", "eval", "in a script", "smembers"],
 )
-def test_s02_a_right_too_few_in_redis(rights: Rights, less: str, named: str, run_bootstrap: RunBootstrap) -> None:
-    """It ends with 78 and Redis' words, also where a script lacks it."""
+def test_s02_missing_right_in_redis(rights: Rights, less: str, named: str, run_bootstrap: RunBootstrap) -> None:
+    """The exit code is 78, with the error of Redis, also if the right is missing in a script."""
     code, said = run_with_one_right_too_few(rights, "redis", less, run_bootstrap, *INIT)
     assert re.search(f"ERROR .*init: Redis 127.0.0.1.* rejected the connection: .*{named}", said), said
     assert code == 78, said
@@ -161,8 +163,8 @@ def test_s02_a_right_too_few_in_redis(rights: Rights, less: str, named: str, run
     ],
     ids=["create", "select"],
 )
-def test_s02_a_right_too_few_in_postgres(rights: Rights, less: str, named: str, run_bootstrap: RunBootstrap) -> None:
-    """It ends with 78 and PostgreSQL's words."""
+def test_s02_missing_right_in_postgres(rights: Rights, less: str, named: str, run_bootstrap: RunBootstrap) -> None:
+    """The exit code is 78, with the error of PostgreSQL."""
     code, said = run_with_one_right_too_few(rights, "postgres", less, run_bootstrap, *INIT)
     assert re.search(f"ERROR .*init: PostgreSQL 127.0.0.1.* rejected the connection: {named}", said), said
     assert code == 78, said

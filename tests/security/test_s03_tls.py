@@ -1,4 +1,4 @@
-"""S3: TLS to all three servers with a private CA; a certificate that is not right is refused, named, and at once."""
+"""S3: TLS to all three servers with a private CA. A wrong certificate is rejected at once and named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = {
 
 @pytest.fixture(scope="module")
 def servers(run_folder: RunFolder, outside: Outside) -> Iterator[TlsServers]:
-    """All three with TLS."""
+    """The three servers with TLS."""
     try:
         with tls_servers(run_folder) as servers:
             yield servers
@@ -39,7 +39,7 @@ def test_s03_everything_works_over_tls(
     run_bootstrap: RunBootstrap,
     run_command: RunCommand,
 ) -> None:
-    """With the private CA in the three URLs: worker, init, check and the stock commands."""
+    """With the CA in the three URLs: worker, init, check and Celery's own commands work."""
     with servers.env(clean_env, ca=servers.certificates.ca, host=host) as env:
         worker = start_worker(env=env)
         done = run_bootstrap("init", env=env)
@@ -54,7 +54,7 @@ def test_s03_everything_works_over_tls(
 def test_s03_the_ca_from_the_environment(
     servers: TlsServers, clean_env: dict[str, str], run_bootstrap: RunBootstrap
 ) -> None:
-    """Without a CA in the URLs the system's are trusted, which OpenSSL lets SSL_CERT_FILE replace."""
+    """Without a CA in the URLs, the CAs of the system are trusted. SSL_CERT_FILE replaces them."""
     with servers.env(clean_env, ca=servers.certificates.ca) as env:
         for server in ("Redis", "RabbitMQ"):
             env[VARIABLES[server]] = env[VARIABLES[server]].partition("?")[0]
@@ -91,7 +91,7 @@ def plain(servers: TlsServers) -> dict[str, str]:
 def test_s03_unknown_ca(
     servers: TlsServers, server: str, plain: dict[str, str], clean_env: dict[str, str], run_bootstrap: RunBootstrap
 ) -> None:
-    """Refused, named, and not waited for."""
+    """An unknown CA is rejected at once and named."""
     with servers.env(clean_env, ca=servers.certificates.other_ca) as env:
         refused(run_bootstrap, env, server, env | plain)
 
@@ -100,7 +100,7 @@ def test_s03_unknown_ca(
 def test_s03_a_ca_file_that_is_not_there(
     servers: TlsServers, server: str, plain: dict[str, str], clean_env: dict[str, str], run_bootstrap: RunBootstrap
 ) -> None:
-    """As for an unknown CA."""
+    """A missing CA file is rejected at once and named."""
     nowhere = servers.certificates.ca.with_name("nowhere.pem")
     with servers.env(clean_env, ca=nowhere) as env:
         refused(run_bootstrap, env, server, env | plain)
@@ -116,7 +116,7 @@ def test_s03_wrong_certificate(
     clean_env: dict[str, str],
     run_bootstrap: RunBootstrap,
 ) -> None:
-    """A certificate of the right CA for another host, or of yesterday: refused, named, and not waited for."""
+    """A certificate for another host, or an expired one, is rejected at once and named."""
     certificates = servers.certificates
     servers.present(getattr(certificates, fault)())
     try:

@@ -1,4 +1,4 @@
-"""S4: no secret in the process list; tests/servers/run_checks.py searches all output, test_flower.py Flower's pages."""
+"""S4: no secret in the process list. RunChecks searches all output, and test_flower.py the pages of Flower."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.setups.stack import Deployment
 
 
 def test_s04_no_secret_in_the_process_list(deployment: Deployment, run_folder: RunFolder) -> None:
-    """While a revision runs: init, the worker it brought along, the task's process and the tree's have none."""
+    """While a revision runs, the arguments of init, its worker, the task process and the runner contain no secret."""
     deployment.hold("migrating")
     init = deployment.start_init(own=True)
     deployment.wait_reached("migrating")
@@ -26,10 +26,9 @@ def test_s04_no_secret_in_the_process_list(deployment: Deployment, run_folder: R
 
 
 def test_s04_a_secret_in_the_process_list_is_found(run_folder: RunFolder, tmp_path: Path) -> None:
-    """The control: a process that has the password among its arguments is named, without its arguments.
+    """Positive control: a process with the password in its arguments is found and named.
 
-    It bears a mark of its own, as one of a run within the run does: tests that end meanwhile beside this one look at
-    the whole run.
+    It has another mark, because tests that run at the same time search the processes of the whole run.
     """
     mark = f"control of S4 {uuid.uuid4()}"
     program = ["sh", "-c", 'exec sh -c "sleep 600; :" sh "$WORDS"']

@@ -54,7 +54,7 @@ def log_of(command: Command) -> list[str]:
 
 
 def test_s05_paths_are_data_from_load_to_check(deployment: Deployment, tmp_path: Path) -> None:
-    """They go through load, worker, init, check and rewarm, into Redis, JSON and logs, as they are."""
+    """Paths pass unchanged through load, worker, init, check and rewarm, into Redis, JSON and logs."""
     modules = tmp_path / "modules"
     modules.mkdir()
     for path in PATHS:
@@ -86,7 +86,7 @@ def test_s05_paths_are_data_from_load_to_check(deployment: Deployment, tmp_path:
     ids=["percent", "braces", "newline"],
 )
 def test_s05_paths_in_a_log_line(deployment: Deployment, path: str) -> None:
-    """A warm that finds an entry written by somebody else names its path in one line, quoted as Python quotes it."""
+    """The path of a foreign entry is in one log line, quoted as Python does."""
     deployment.env |= {"BIFROST_LOG_FORMAT": "json"}
     worker = deployment.start_worker()
     run(deployment, "init")
@@ -105,7 +105,7 @@ def test_s05_paths_in_a_log_line(deployment: Deployment, path: str) -> None:
 
 
 def test_s05_words_of_the_tree_are_data(deployment: Deployment, tmp_path: Path) -> None:
-    """Title, statement and error of a revision are shown as they are."""
+    """Title, statement and error of a revision are printed unchanged."""
     folder = tmp_path / "tree"
     (folder / "versions").mkdir(parents=True)
     (folder / "alembic.ini").write_text("[alembic]\nscript_location = %(here)s\n")
@@ -133,7 +133,9 @@ def test_s05_words_of_the_tree_are_data(deployment: Deployment, tmp_path: Path) 
     [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, BootstrapError) and cls.facts],
 )
 def test_s05_facts_of_errors_are_data(error: type[BootstrapError], caplog: pytest.LogCaptureFixture) -> None:
-    """A fact that looks like a format is shown as it is: in the text, after Celery's JSON, and in a log line."""
+    """A fact of an error that looks like a format string is printed unchanged: in the text, after Celery's
+    JSON, in a log line.
+    """
     numbers = {"seconds", "removed", "indexed", "attempts"}
     facts = [1 if fact in numbers else [FACT] if fact in {"faults", "applied"} else FACT for fact in error.facts]
     shown = errors.rebuild(error.__name__, json.loads(json.dumps(facts)))

@@ -1,4 +1,4 @@
-"""S6: no 8 characters in a row of a secret are printed, whatever a library makes of it."""
+"""S6: no 8 consecutive characters of a secret are printed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parts(secret: str) -> list[str]:
 def test_s06_settings_class_of_the_tree(
     database: Database, tree: Tree, start_migrate: StartMigrate, level: str
 ) -> None:
-    """Pydantic shortens `input_value=…` in the middle, and a tree may print what it likes."""
+    """Pydantic shortens `input_value=…` in the middle, and a tree may print anything."""
     tree.revision("one")
     env = tree.folder / "env.py"
     env.write_text(SETTINGS_CLASS + env.read_text())
@@ -54,7 +54,7 @@ def test_s06_settings_class_of_the_tree(
 
 
 def test_s06_ordinary_words_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short values, paths of files and switches are not taken for secrets."""
+    """Short values, file paths and switches are not masked."""
     monkeypatch.setattr(redaction, "_secrets", set())
     monkeypatch.setattr(redaction, "_parts", set())
     redaction.remember_environment(
@@ -66,7 +66,7 @@ def test_s06_ordinary_words_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kept", [8, 9, 11])
 def test_s06_shortened_in_the_middle(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
-    """Both ends of a shortened value are masked, and what stands around them is kept."""
+    """Both parts of a shortened value are masked. The text around them stays."""
     monkeypatch.setattr(redaction, "_secrets", set())
     monkeypatch.setattr(redaction, "_parts", set())
     secret = "abcdefghijklmnopqrstuvwxyz"

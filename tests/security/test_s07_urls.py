@@ -1,4 +1,4 @@
-"""S7: every form of URL that the settings accept connects; any other word is 78, named, and without its value."""
+"""S7: every URL form that the settings accept connects. Another parameter is 78; it is named without its value."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ def test_s07_unix_socket(
     bifrost_env: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """Redis by its socket, with a database and with words for TCP that mean nothing there."""
+    """Redis over its Unix socket, with a database number and with TCP parameters, which are ignored."""
     socket = run_folder.root / "data" / f"{run_folder.name('s07')}.sock"
     start_server(RedisServer(run_folder, {"unixsocket": str(socket), "unixsocketperm": "777"}))
     url = f"unix://:{PLANTED_PASSWORD_QUOTED}@{socket}?db=2&socket_keepalive=true"
     assert_works(run_bootstrap, run_command, bifrost_env | {"BIFROST_REDIS_URL": url})
 
 
-def test_s07_words_of_redis(
+def test_s07_parameters_of_redis(
     redis_url: str, run_bootstrap: RunBootstrap, run_command: RunCommand, bifrost_env: dict[str, str]
 ) -> None:
-    """All words that are known, at once, and in the query in place of the address."""
+    """All accepted parameters at once, in the address and in the query."""
     words = "&".join(f"{key}={value}" for key, value in VALUES.items() if key != "db")
     tls = {key for key in REDIS_WORDS if key.startswith("ssl_")}
     assert VALUES.keys() | tls | {"username", "password"} == REDIS_WORDS.keys()
     assert_works(run_bootstrap, run_command, bifrost_env | {"BIFROST_REDIS_URL": f"{redis_url}?{words}"})
 
 
-def test_s07_words_of_rabbitmq(
+def test_s07_parameters_of_rabbitmq(
     rabbitmq_url: str, run_bootstrap: RunBootstrap, run_command: RunCommand, bifrost_env: dict[str, str]
 ) -> None:
-    """A heartbeat, as other clients of the same URL want it, and the way to log in."""
+    """A heartbeat and a login method in the URL, as other clients use them."""
     env = bifrost_env | {"BIFROST_RABBITMQ_URL": f"{rabbitmq_url}?heartbeat=60&login_method=PLAIN"}
     assert_works(run_bootstrap, run_command, env)
 
@@ -94,8 +94,8 @@ def test_s07_words_of_rabbitmq(
         ("DATABASE", "postgresql://h/d?colour=hidden", "colour"),
     ],
 )
-def test_s07_other_words_are_refused(variable: str, url: str, words: str) -> None:
-    """The variable and the word are named, the value is not."""
+def test_s07_other_parameters_are_rejected(variable: str, url: str, words: str) -> None:
+    """The error names variable and parameter, but not the value."""
     with pytest.raises(SettingsError) as refused:
         load({variable.lower()}, {f"BIFROST_{variable}_URL": url})  # type: ignore[arg-type]
     assert f"BIFROST_{variable}_URL" in str(refused.value)
@@ -105,7 +105,7 @@ def test_s07_other_words_are_refused(variable: str, url: str, words: str) -> Non
 
 @given(st.data())
 def test_s07_what_is_accepted_is_read_by_both_clients(data: st.DataObject) -> None:
-    """Any words of the table with any values that it allows: redis-py and Celery's backend both read the URL."""
+    """redis-py and Celery's result backend read every accepted parameter with every accepted value."""
     tls = data.draw(st.booleans())
     known = sorted(word for word in REDIS_WORDS if tls or not word.startswith("ssl_"))
     chosen = data.draw(st.lists(st.sampled_from(known), unique=True))

@@ -1,4 +1,4 @@
-"""The three servers with certificates of a private CA, good ones and bad ones, made when they are wanted."""
+"""The three servers with certificates of a private CA, valid and invalid ones, created on demand."""
 
 from __future__ import annotations
 

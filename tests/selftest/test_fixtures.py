@@ -1,4 +1,4 @@
-"""The fixtures of conftest.py: what they give each test, and what they keep from it."""
+"""Selftest of the fixtures in conftest.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(child.pid, flush=True)
 
 @pytest.mark.parametrize("run", [1, 2])
 def test_databases_are_empty_and_apart(database: Database, run: int) -> None:
-    """Two tests that create the same table do not meet."""
+    """Two tests can create the same table."""
     database.execute("CREATE TABLE mine (run integer)")
     with database.connect() as connection:
         connection.execute("INSERT INTO mine VALUES (%s)", [run])
@@ -39,7 +39,7 @@ def test_databases_are_empty_and_apart(database: Database, run: int) -> None:
 
 
 def test_a_database_is_dropped_under_its_users(postgres: Postgres) -> None:
-    """An open session does not keep a test's database alive."""
+    """An open session does not prevent the drop of a test's database."""
     database = postgres.create_database()
     with database.connect() as connection:
         postgres.drop_database(database)
@@ -50,7 +50,7 @@ def test_a_database_is_dropped_under_its_users(postgres: Postgres) -> None:
 
 
 def test_a_database_can_be_cloned(postgres: Postgres) -> None:
-    """A database made from a template has the template's tables, and the template is not changed through it."""
+    """A database copied from a template has its tables, and changes in it do not reach the template."""
     template = postgres.create_database(prefix="template")
     template.execute("CREATE TABLE kept AS SELECT 1 AS n")
     clone = postgres.create_database(template=template.name)
@@ -61,14 +61,14 @@ def test_a_database_can_be_cloned(postgres: Postgres) -> None:
 
 
 def test_no_repr_shows_the_password(database: Database) -> None:
-    """What pytest prints of a database in a failure has no password in it."""
+    """The repr of a database contains no password."""
     assert database.name in repr(database)
     assert "Zebra" not in repr(database)
 
 
 @pytest.mark.parametrize("run", [1, 2])
 def test_redis_databases_are_empty(redis_url: str, run: int) -> None:
-    """A key of one test is not there for the next."""
+    """A key of one test does not exist in the next."""
     with redis_package.Redis.from_url(redis_url) as client:
         assert client.dbsize() == 0
         client.set("run", run)
@@ -76,7 +76,7 @@ def test_redis_databases_are_empty(redis_url: str, run: int) -> None:
 
 @pytest.mark.parametrize("run", [1, 2])
 def test_virtual_hosts_are_empty(rabbitmq_url: str, run: int) -> None:
-    """A queue of one test is not there for the next, whatever its arguments."""
+    """A queue of one test does not exist in the next, so the next may declare it with other arguments."""
     with kombu.Connection(rabbitmq_url) as connection, connection.channel() as channel:
         channel.queue_declare("bifrost.bootstrap", durable=run == 1, auto_delete=False)
 
@@ -106,7 +106,7 @@ def test_the_environment_of_tests_is_clean(monkeypatch: pytest.MonkeyPatch, bifr
 
 
 def test_the_urls_of_the_environment_work(bifrost_env: Mapping[str, str]) -> None:
-    """Each of the three URLs logs in, its awkward password quoted as URLs want it."""
+    """Each of the three URLs logs in: the special characters of the password are quoted."""
     with psycopg.connect(bifrost_env["BIFROST_DATABASE_URL"]) as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
     with redis_package.Redis.from_url(bifrost_env["BIFROST_REDIS_URL"]) as client:
@@ -116,20 +116,20 @@ def test_the_urls_of_the_environment_work(bifrost_env: Mapping[str, str]) -> Non
 
 
 def test_run_command_returns_code_and_output(run_command: RunCommand) -> None:
-    """Code, stdout and stderr come back as text, and the process has neither a server nor a file around it."""
+    """Exit code, stdout and stderr are returned as text. The process has no server and an empty folder."""
     program = "import os, sys; print(sorted(os.listdir()), 'é'); print('to stderr', file=sys.stderr); sys.exit(3)"
     done = run_command([sys.executable, "-c", program])
     assert (done.returncode, done.stdout, done.stderr) == (3, "[] é\n", "to stderr\n")
 
 
 def test_run_command_has_an_end(run_command: RunCommand) -> None:
-    """A process that takes longer than it may is killed and fails the test."""
+    """A process that exceeds its timeout is killed and fails the test."""
     with pytest.raises(AssertionError, match=r"still running after 0\.2 s"):
         run_command([sys.executable, "-c", "import time; time.sleep(600)"], timeout=0.2)
 
 
 def test_waiting_for_a_line_ends_with_the_process(start_command: StartCommand) -> None:
-    """A line that comes is found; one that cannot come any more is a failure at once, with what came instead."""
+    """`wait_for` finds a line. If the process exits without it, it fails at once with the output."""
     program = "import sys; print('first', file=sys.stderr); print('worker@host ready.', file=sys.stderr)"
     command = start_command([sys.executable, "-c", program])
     assert command.wait_for(r"(\S+) ready\.", PATIENCE)[1] == "worker@host"
@@ -140,7 +140,7 @@ def test_waiting_for_a_line_ends_with_the_process(start_command: StartCommand) -
 def test_a_command_that_leaves_a_child_is_a_failure(
     run_folder: RunFolder, clean_env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A child in a session of its own is found, named and killed, although nothing links it to its parent."""
+    """A child in its own session, whose parent has exited, is found, named and killed."""
     monkeypatch.setattr(process, "SETTLE_DEADLINE", 0.2)
     commands = Commands(run_folder)
     command = commands.start([sys.executable, "-c", LEAVES_A_CHILD], env=clean_env, cwd=tmp_path)
@@ -154,7 +154,7 @@ def test_a_command_that_leaves_a_child_is_a_failure(
 def test_what_is_left_of_a_killed_command_is_no_failure(
     run_folder: RunFolder, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """Orphans of a process that was killed are the test's own doing: they go quietly."""
+    """If the test kills a process, its orphans are killed without a failure."""
     commands = Commands(run_folder)
     program = LEAVES_A_CHILD + "import time; time.sleep(600)"
     command = commands.start([sys.executable, "-c", program], env=clean_env, cwd=tmp_path)
@@ -167,7 +167,7 @@ def test_what_is_left_of_a_killed_command_is_no_failure(
 
 
 def test_a_command_ends_by_sigterm(start_command: StartCommand) -> None:
-    """`terminate` sends what a container engine sends, and returns the code."""
+    """`terminate` sends SIGTERM and returns the exit code."""
     program = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, flush=True); time.sleep(600)"
     )
@@ -177,12 +177,12 @@ def test_a_command_ends_by_sigterm(start_command: StartCommand) -> None:
 
 
 def test_run_bootstrap_runs_the_package(run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path) -> None:
-    """The command under test is the one installed for this interpreter, found from any folder."""
+    """The program under test is the one installed for this interpreter, in any working folder."""
     done = run_bootstrap("--version", env=clean_env)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "cwd").iterdir())
 
 
 def test_the_planted_password_must_be_quoted() -> None:
-    """It contains what a careless URL breaks at."""
+    """The password contains the characters that a URL must escape."""
     assert set("@:/?%") <= set(PLANTED_PASSWORD)

@@ -1,4 +1,4 @@
-"""The foreign Alembic tree is what it claims to be, run as its own platform would run it."""
+"""Selftest of the foreign Alembic tree, run as its platform runs it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def alembic(
 def test_it_goes_up_counts_its_revisions_and_goes_down(
     run_command: RunCommand, foreign_tree: Path, clean_env: dict[str, str], database: Database
 ) -> None:
-    """Each revision leaves one row, in order, and a second upgrade leaves none; the table keeps the contract of the
-    module cache; the way back leaves nothing but Alembic's own table.
+    """Each revision inserts one row, in order, and a second upgrade none. The table has the contract of the
+    module cache. A downgrade leaves only alembic_version.
     """
     alembic(run_command, foreign_tree, clean_env, database, "upgrade", "head")
     alembic(run_command, foreign_tree, clean_env, database, "upgrade", "head")
@@ -54,7 +54,7 @@ def test_it_goes_up_counts_its_revisions_and_goes_down(
 def test_it_writes_sql_without_a_database(
     run_command: RunCommand, foreign_tree: Path, clean_env: dict[str, str], database: Database
 ) -> None:
-    """Offline mode names every revision, and leaves the database alone."""
+    """`--sql` names every revision, and does not connect."""
     done = alembic(run_command, foreign_tree, clean_env, database, "upgrade", "head", "--sql")
     assert all(revision in done.stdout for revision in REVISIONS)
     assert database.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == []
@@ -63,7 +63,7 @@ def test_it_writes_sql_without_a_database(
 def test_it_disables_the_loggers_of_others(
     run_command: RunCommand, foreign_tree: Path, clean_env: dict[str, str], database: Database
 ) -> None:
-    """Run in a process that logs, its env.py silences that process: the trap that the tests set is a trap."""
+    """Run in a process that logs, env.py disables the loggers of that process."""
     program = (
         "import logging; from alembic import command, config\n"
         "logger = logging.getLogger('somebody.else')\n"

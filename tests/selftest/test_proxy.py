@@ -1,4 +1,4 @@
-"""The proxy forwards, swallows, refuses, and forwards again."""
+"""Selftest of the proxy: forward, cut, refuse, heal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE = 10.0
 
 @pytest.fixture
 def echo() -> Iterator[int]:
-    """The port of a server that sends back what it gets, and ends when the client has ended."""
+    """The port of an echo server. It closes a connection when the client does."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer(client: socket.socket) -> None:
@@ -61,7 +61,7 @@ def exchange(client: socket.socket, data: bytes) -> bytes:
 
 
 def test_it_forwards_and_counts(echo: int, start_proxy: StartProxy) -> None:
-    """Bytes pass in both directions, more than fit into any buffer, and connections are counted."""
+    """More bytes than fit into any buffer pass in both directions, and connections are counted."""
     proxy = start_proxy(echo)
     with connect(proxy) as one, connect(proxy) as two:
         assert exchange(one, b"one") == b"one"
@@ -78,7 +78,7 @@ def test_it_forwards_and_counts(echo: int, start_proxy: StartProxy) -> None:
 
 
 def test_the_end_of_a_client_passes(echo: int, start_proxy: StartProxy) -> None:
-    """A client that ends its half still gets the rest, and the connection is then forgotten."""
+    """A client that closes its sending side still gets the rest. Then the connection is not counted any more."""
     proxy = start_proxy(echo)
     with connect(proxy) as client:
         client.sendall(b"last words")
@@ -89,7 +89,7 @@ def test_the_end_of_a_client_passes(echo: int, start_proxy: StartProxy) -> None:
 
 
 def test_cut_is_silent_and_heal_loses_nothing(echo: int, start_proxy: StartProxy) -> None:
-    """Behind a cut nothing comes and no end of the connection is seen; healed, what was sent arrives."""
+    """After `cut` no data and no end of the connection arrive. After `heal` the data arrive."""
     proxy = start_proxy(echo)
     with connect(proxy) as client:
         assert exchange(client, b"before") == b"before"
@@ -104,7 +104,7 @@ def test_cut_is_silent_and_heal_loses_nothing(echo: int, start_proxy: StartProxy
 
 
 def test_cut_accepts_new_connections_and_says_nothing(echo: int, start_proxy: StartProxy) -> None:
-    """Who connects during a cut is taken and hears nothing until it is healed."""
+    """A connection during `cut` is accepted and gets no data until `heal`."""
     proxy = start_proxy(echo)
     proxy.cut()
     with connect(proxy) as client:
@@ -118,7 +118,7 @@ def test_cut_accepts_new_connections_and_says_nothing(echo: int, start_proxy: St
 
 
 def test_no_end_passes_a_cut(start_proxy: StartProxy) -> None:
-    """A client that goes away during a cut is not missed by the server, until it is healed."""
+    """If a client closes during `cut`, the server notices it after `heal`."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         proxy = start_proxy(listener.getsockname()[1])
         client = connect(proxy)
@@ -139,7 +139,7 @@ def test_no_end_passes_a_cut(start_proxy: StartProxy) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel goes on to answer")
 def test_stranded_not_even_keepalives_are_answered(echo: int, start_proxy: StartProxy) -> None:
-    """A connection that was stranded is given up by its owner's keepalives alone; a new one passes."""
+    """After `strand` the keepalives of the owner close the connection. A new connection works."""
     proxy = start_proxy(echo)
     with connect(proxy) as client:
         assert exchange(client, b"before") == b"before"
@@ -156,7 +156,7 @@ def test_stranded_not_even_keepalives_are_answered(echo: int, start_proxy: Start
 
 
 def test_refuse_closes_and_heal_opens_the_same_port(echo: int, start_proxy: StartProxy) -> None:
-    """A refusing proxy ends its connections, also those it had cut, and takes no new ones, until it is healed."""
+    """`refuse` closes all connections, also after `cut`, and rejects new ones until `heal`."""
     proxy = start_proxy(echo)
     with connect(proxy) as client:
         assert exchange(client, b"before") == b"before"
@@ -176,7 +176,7 @@ def test_refuse_closes_and_heal_opens_the_same_port(echo: int, start_proxy: Star
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a socket hold a port for another")
 def test_a_port_is_held_while_nobody_listens_on_it(echo: int, start_proxy: StartProxy) -> None:
-    """What another test run would ask for in between is refused; after the end it is free."""
+    """Another test run cannot get the port meanwhile. After `close` it is free."""
     proxy = start_proxy(echo)
     proxy.refuse()
     with socket.socket() as another, pytest.raises(OSError, match="in use"):
@@ -191,7 +191,7 @@ def test_a_port_is_held_while_nobody_listens_on_it(echo: int, start_proxy: Start
 
 
 def test_a_server_that_is_down_ends_the_client(start_proxy: StartProxy) -> None:
-    """A client of a proxy without a server is closed, not left hanging."""
+    """Without a server, the proxy closes the connection of the client."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with connect(start_proxy(port)) as client:
@@ -199,7 +199,7 @@ def test_a_server_that_is_down_ends_the_client(start_proxy: StartProxy) -> None:
 
 
 def test_a_url_goes_through_it(run_folder: RunFolder, start_server: StartServer, start_proxy: StartProxy) -> None:
-    """The URL of a server, led through the proxy, keeps login and database."""
+    """`through` keeps login and database of a URL."""
     server = start_server(RedisServer(run_folder))
     proxy = start_proxy(server.port)
     with server.client(2) as client:

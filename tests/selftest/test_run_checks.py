@@ -1,4 +1,4 @@
-"""What is checked of a whole run is found when it is there: each test runs pytest on a file that does wrong."""
+"""Selftest of RunChecks: each test runs pytest on a file with a fault."""
 
 from __future__ import annotations
 
@@ -145,14 +145,14 @@ def last_line_before_the_count(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture
 def inner(run_folder: RunFolder, clean_env: dict[str, str]) -> Pytest:
-    """A run of pytest inside this one."""
+    """A pytest run inside this one."""
     folder = run_folder.data(run_folder.name("inner"))
     folder.mkdir()
     return Pytest(folder, clean_env)
 
 
 def test_a_run_without_faults_passes_and_leaves_nothing(inner: Pytest) -> None:
-    """The control of the tests below: nothing wrong is found where nothing is wrong, and no file is left."""
+    """Control of the tests below: without a fault nothing is reported, and no file is left."""
     done = inner.run(FINE)
     assert done.returncode == 0, done.stdout
     assert "faults of the whole run" not in done.stdout
@@ -162,8 +162,9 @@ def test_a_run_without_faults_passes_and_leaves_nothing(inner: Pytest) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "xdist"])
 def test_s4_faults_of_a_run_are_found_where_all_tests_pass(inner: Pytest, options: Sequence[str]) -> None:
-    """S4: the planted password is found in what processes put out (plain, quoted, in part), in their arguments, and
-    in what pytest captured; a process left running is found and killed; each fails a run without a failing test.
+    """S4: the planted password is found in the output of processes (plain, quoted, in part), in their
+    arguments, and in captured output. A process left running is found and killed. Each fails a run without
+    a failing test.
     """
     done = inner.run(WRONG, *options)
     assert "10 passed" in done.stdout, done.stdout
@@ -187,7 +188,7 @@ def test_s4_faults_of_a_run_are_found_where_all_tests_pass(inner: Pytest, option
 
 
 def test_output_of_old_runs_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the newest of the runs that are over are kept, and none that still goes on is touched."""
+    """Only the newest finished runs are kept, and a running one is not touched."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     going_on = RunFolder.create()
     over = []
@@ -205,7 +206,7 @@ def test_output_of_old_runs_is_removed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_s4_the_search_reads_all_of_a_large_file(tmp_path: Path) -> None:
-    """S4: a password anywhere is found, also across the chunks that the file is read in; other files are not named."""
+    """S4: the password is found anywhere in a file, also across two chunks. Other files are not named."""
     mebibyte = 1 << 20
     for number, before in enumerate((0, mebibyte - 3, mebibyte, 3 * mebibyte - len(LEAK_MARKS[0]))):
         (tmp_path / f"leak-{number}").write_bytes(b"." * before + PLANTED_PASSWORD_QUOTED.encode() + b"." * 9)
@@ -215,7 +216,7 @@ def test_s4_the_search_reads_all_of_a_large_file(tmp_path: Path) -> None:
 
 
 def test_s4_either_half_of_the_password_is_a_leak() -> None:
-    """S4: masking that ends at the first special character is caught."""
+    """S4: masking that ends at the first special character is found."""
     head, rest = PLANTED_PASSWORD.split("@")
     assert leaks_in(f"user:{head}@***")
     assert leaks_in(f"user:***@{rest}")
@@ -224,7 +225,7 @@ def test_s4_either_half_of_the_password_is_a_leak() -> None:
 
 @pytest.mark.parametrize(("ci", "outcome", "code"), [("", "2 skipped", 0), ("1", "2 errors", 1)])
 def test_a_missing_server_skips_on_a_laptop_and_fails_in_ci(inner: Pytest, ci: str, outcome: str, code: int) -> None:
-    """A test without its server is never green in CI, and is counted in the last line of the summary either way."""
+    """A test without its server fails in CI. The last line of the summary counts it in any case."""
     inner.env["CI"] = ci
     done = inner.run(LACKING)
     assert done.returncode == code, done.stdout
@@ -248,7 +249,7 @@ def test_nothing_outlives_an_interrupted_run(
     server: str,
     options: Sequence[str],
 ) -> None:
-    """Ctrl-C, also where it is ignored at first, SIGTERM and even SIGKILL end every server and process of a run."""
+    """Ctrl-C (also if SIGINT was ignored), SIGTERM and SIGKILL end every server and process of a run."""
     told = Path(inner.env["TOLD"])
     words = inner.command(LONG.replace("SERVER", server), *options)
     run = start_command([*IN_BACKGROUND, *words], env=inner.env, cwd=inner.folder)

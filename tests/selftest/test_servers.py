@@ -1,4 +1,4 @@
-"""Every private server starts, dies, comes back, freezes, and is nobody else's."""
+"""Selftest of the private servers: start, kill, restart, pause, and isolation from the servers of the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SILENCE = 0.3
 
 
 def test_postgres_survives_kill_and_restart(run_folder: RunFolder, start_server: StartServer) -> None:
-    """SIGKILL takes all of PostgreSQL with it, and the next start has port, roles and rows as before."""
+    """SIGKILL ends all of PostgreSQL. After the next start port, roles and rows are as before."""
     server = start_server(PostgresServer(run_folder))
     database = server.create_database()
     database.execute("CREATE TABLE kept AS SELECT 1 AS n")
@@ -51,7 +51,7 @@ def test_postgres_survives_kill_and_restart(run_folder: RunFolder, start_server:
 
 
 def test_postgres_takes_settings(run_folder: RunFolder, start_server: StartServer) -> None:
-    """Settings given to a server, also between two starts, are those it runs with."""
+    """Settings take effect, also if they change between two starts."""
     server = start_server(PostgresServer(run_folder, {"client_connection_check_interval": "500ms"}))
     with server.admin() as connection:
         assert connection.execute("SHOW client_connection_check_interval").fetchone() == ("500ms",)
@@ -63,7 +63,7 @@ def test_postgres_takes_settings(run_folder: RunFolder, start_server: StartServe
 
 
 def test_postgres_wants_the_password_over_tcp(postgres: Postgres) -> None:
-    """A login without the planted password is refused, and there is no Unix socket."""
+    """A login without the planted password is rejected, and there is no Unix socket."""
     if not isinstance(postgres, PostgresServer):
         pytest.skip("speaks of the private server")
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
@@ -74,7 +74,7 @@ def test_postgres_wants_the_password_over_tcp(postgres: Postgres) -> None:
 
 
 def test_the_app_role_is_no_superuser(postgres: Postgres) -> None:
-    """The URLs of tests log in as a role that may do nothing but own its database."""
+    """The role in the URLs only owns its databases."""
     if not isinstance(postgres, PostgresServer):
         pytest.skip("speaks of the private server")
     with psycopg.connect(postgres.url()) as connection:
@@ -85,7 +85,7 @@ def test_the_app_role_is_no_superuser(postgres: Postgres) -> None:
 
 
 def test_redis_comes_back_empty(run_folder: RunFolder, start_server: StartServer) -> None:
-    """A killed Redis is gone at once, and starts again on its port without its keys."""
+    """A killed Redis ends at once, and starts again on its port without keys."""
     server = start_server(RedisServer(run_folder, {"maxmemory": "8mb"}))
     with server.client(3) as client:
         client.set("key", "value")
@@ -99,7 +99,7 @@ def test_redis_comes_back_empty(run_folder: RunFolder, start_server: StartServer
 
 
 def test_redis_wants_the_password(run_folder: RunFolder, start_server: StartServer) -> None:
-    """Redis refuses a client that has not said the planted password."""
+    """Redis rejects a client without the planted password."""
     server = start_server(RedisServer(run_folder))
     with socket.create_connection((server.host, server.port)) as client:
         client.sendall(b"PING\r\n")
@@ -107,7 +107,7 @@ def test_redis_wants_the_password(run_folder: RunFolder, start_server: StartServ
 
 
 def test_pause_silences_and_resume_gives_back(run_folder: RunFolder, start_server: StartServer) -> None:
-    """A frozen server keeps its connections and answers nothing, until it is resumed."""
+    """A paused server keeps its connections and does not reply until `resume`."""
     server = start_server(RedisServer(run_folder))
     with socket.create_connection((server.host, server.port)) as client:
         client.settimeout(SILENCE)
@@ -121,7 +121,7 @@ def test_pause_silences_and_resume_gives_back(run_folder: RunFolder, start_serve
 
 
 def test_a_frozen_postgres_freezes_whole_and_can_be_killed(run_folder: RunFolder, start_server: StartServer) -> None:
-    """Pausing PostgreSQL stops its backends too, which leave its process group; killing it works all the same."""
+    """`pause` also stops the backends of PostgreSQL, which leave its process group. `kill` works afterwards."""
     server = start_server(PostgresServer(run_folder))
     with server.admin() as connection:
         backend = psutil.Process(connection.info.backend_pid)
@@ -136,7 +136,7 @@ def test_a_frozen_postgres_freezes_whole_and_can_be_killed(run_folder: RunFolder
 
 
 def test_rabbitmq_survives_kill_and_restart(run_folder: RunFolder, start_server: StartServer) -> None:
-    """A killed node comes back with its virtual hosts, durable queues and settings; guest does not exist."""
+    """A killed node restarts with its virtual hosts, durable queues and settings. There is no user guest."""
     server = start_server(RabbitmqServer(run_folder, ["consumer_timeout = 5000"], {"channel_tick_interval": "1000"}))
     url = server.url(server.add_vhost())
     with kombu.Connection(url) as connection, connection.channel() as channel:
@@ -158,7 +158,7 @@ def test_rabbitmq_survives_kill_and_restart(run_folder: RunFolder, start_server:
 
 
 def test_rabbitmq_is_apart_from_the_machines_own(rabbitmq: Rabbitmq) -> None:
-    """Node name, port mapper, home and data are the private node's own."""
+    """Node name, epmd, home and data are those of the private node."""
     if not isinstance(rabbitmq, RabbitmqServer):
         pytest.skip("speaks of the private server")
     environ = psutil.Process(rabbitmq.pid).environ()
@@ -169,7 +169,7 @@ def test_rabbitmq_is_apart_from_the_machines_own(rabbitmq: Rabbitmq) -> None:
 
 
 def test_pgbouncer_pools_transactions(run_folder: RunFolder, start_server: StartServer) -> None:
-    """Two clients share one server connection, transaction by transaction: the pool has the mode and size asked for."""
+    """Two clients share one server connection, transaction by transaction. Mode and size are as configured."""
     postgres = start_server(PostgresServer(run_folder))
     bouncer = start_server(PgbouncerServer(run_folder, postgres, pool_size=1, settings={"query_wait_timeout": "2"}))
     url = bouncer.url(postgres.create_database().name)
@@ -191,7 +191,7 @@ def test_pgbouncer_pools_transactions(run_folder: RunFolder, start_server: Start
 
 @pytest.mark.parametrize("kind", [PostgresServer, RedisServer, RabbitmqServer])
 def test_no_password_in_the_process_list(kind: type[Server], request: pytest.FixtureRequest) -> None:
-    """The servers themselves do not show the planted password to `ps`, so that tests may look for it there."""
+    """The arguments of the servers do not contain the planted password."""
     server = request.getfixturevalue(kind.kind)
     if not isinstance(server, kind):
         pytest.skip("speaks of the private server")
@@ -201,7 +201,7 @@ def test_no_password_in_the_process_list(kind: type[Server], request: pytest.Fix
 
 
 def test_servers_run_unprivileged_where_they_must(postgres: Postgres) -> None:
-    """Under root PostgreSQL runs as somebody else; otherwise as ourselves."""
+    """If root runs the tests, PostgreSQL runs as another user; else as the same user."""
     if not isinstance(postgres, PostgresServer):
         pytest.skip("speaks of the private server")
     uid = psutil.Process(postgres.pid).uids().effective
@@ -211,7 +211,7 @@ def test_servers_run_unprivileged_where_they_must(postgres: Postgres) -> None:
 
 
 def test_a_server_that_cannot_start_says_why(run_folder: RunFolder) -> None:
-    """The error of a failed start has the server's own words."""
+    """The error of a failed start has the log of the server."""
     server = RedisServer(run_folder, {"no-such-setting": "1"})
     with pytest.raises(RuntimeError, match="no-such-setting"):
         server.start()
@@ -219,7 +219,7 @@ def test_a_server_that_cannot_start_says_why(run_folder: RunFolder) -> None:
 
 
 def test_closing_leaves_the_log_and_nothing_else(run_folder: RunFolder) -> None:
-    """A closed server has no process and no data, but its log stays for the search through all output."""
+    """A closed server has no process and no data. Its log stays."""
     server = RedisServer(run_folder).start()
     pid = server.pid
     server.close()

@@ -1,4 +1,4 @@
-"""Random faults, inits and live writers for a long time: SOAK_MINUTES, 10 where it is not set."""
+"""Random faults, inits and live writers for SOAK_MINUTES (default 10)."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Round:
 
 
 def test_soak(stack: Stack, tmp_path: Path, clean_env: dict[str, str]) -> None:
-    """However the faults fall, the end is a whole cache, each revision once, and nothing of ours left anywhere."""
+    """After all faults, the cache is complete, each revision is applied once, and nothing is left in the servers."""
     seed = int(os.environ.get("SOAK_SEED", random.SystemRandom().randrange(10**6)))
     rng = random.Random(seed)
     end = time.monotonic() + 60 * float(os.environ.get("SOAK_MINUTES", "10"))
