@@ -69,8 +69,8 @@ def of_plan(plan: Plan) -> Outcome:
         rows.append(("cache", f"a warm from the rows as they are now: {changes}"))
         rows += _path_rows(facts["module_cache"]) + _requirements_rows(plan.diff)
         if plan.diff.shrinks:
-            text = "a warm would stop here (2): it removes most of the cache; --allow-shrink if it is meant"
-            rows.append(("brake", text))
+            text = "a warm would stop here (2): it removes most of the cache; if that is correct, use --allow-shrink"
+            rows.append(("shrink", text))
     if plan.no_sql:
         rows.append(("sql", plan.no_sql))
     return Outcome(ExitCode.OK, plan.headline, rows, facts, text=plan.sql)

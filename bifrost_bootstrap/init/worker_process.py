@@ -1,4 +1,4 @@
-"""The bootstrap worker that `init --with-worker` brings along: a process of its own on a queue of its own."""
+"""The bootstrap worker of `init --with-worker`: a process of its own on a queue of its own."""
 
 from __future__ import annotations
 

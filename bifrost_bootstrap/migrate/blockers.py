@@ -25,8 +25,8 @@ class BlockerWatch:
     Sees who keeps our runner waiting for a lock, for as long as the block lasts.
 
     On connections of its own, in a thread: the lock's has to be without a snapshot, and a small pool may have no
-    third one. `blocked`: seconds that it has waited for one lock at the last look; `last`: the sessions in the way at
-    the last look that saw any, in words.
+    third one. `blocked`: seconds that it has waited for one lock at the last look; `last`: the blocking sessions, in
+    words, at the last look that saw any.
     """
 
     def __init__(self, url: PostgresUrl) -> None:
@@ -70,5 +70,5 @@ class BlockerWatch:
                     self.read_blockers(connection)
                     self._late = Deadline(LATE)
             except BootstrapError as error:
-                logger.debug("who blocks the migration is not to be seen: %s", error)
+                logger.debug("cannot read which session blocks the migration: %s", error)
                 self.blocked = 0.0

@@ -5,7 +5,7 @@ A transaction-level advisory lock on a connection of its own, idle in READ COMMI
 (so concurrent index builds do not wait for it) and stays on its server connection until it ends. Every
 transaction of the runner bears a second lock, shared (`script/`), and every statement outside one a
 comment: by these a new holder finds what a runner that lost the first lock has left in the server. None of it
-can be recorded any more, so he ends it before he starts.
+can be recorded any more, so the new holder ends it before it starts.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def upgrade(
     The deadline ends a statement that waits for somebody else's lock, and none that works. At the end no process is
     left that the tree has started in its process group.
 
-    Raises BusyError, RefusedError, UnavailableError and, where the tree's process ended without a word,
+    Raises BusyError, RefusedError, UnavailableError and, if the tree's process ended without a report,
     OwnProcessError, after which another attempt may succeed;
     MigrationError, WrongDatabaseError, VersionTableError, SettingsError of the tree's interpreter.
     """
@@ -79,7 +79,7 @@ def upgrade(
                     continue
                 held.keep_alive()
                 if watch.blind and look.passed:
-                    # Once a revision, to name who is in the way; and after the deadline, to end what waits.
+                    # Once a revision, to name the blocking sessions; and after the deadline, to end what waits.
                     with held.borrowed_connection() as connection:
                         watch.read_blockers(connection)
                     look = Deadline(max(deadline.remaining, SHORTEST_BLOCK))
@@ -169,7 +169,7 @@ class _Run:
         if self.ended:
             return None
         if self.failure is None:
-            last = self.output[-1] if self.output else "without a word"
+            last = self.output[-1] if self.output else "no output"
             return errors.OwnProcessError("the tree's process", masked(f"it ended with code {returncode}: {last}"))
         if self.failure["kind"] == "no_alembic":
             return children.unfit(self.tree.alembic, self.failure["message"])

@@ -97,7 +97,7 @@ def read_schema_state(url: PostgresUrl, tree: Tree, settings: Settings) -> Schem
     table = settings.alembic_version_table
     state = _states(url, tree, settings, table)[0]
     if state.verdict == "unknown_revision":
-        # Perhaps another application's. Where the tree cannot tell, the revision is what there is to be told.
+        # Another application may have recorded it. If the tree cannot name its table, only the revision is reported.
         with suppress(TreeError):
             written = version_tables(tree.alembic, postgres.at_last_host(url).as_written)
             if written and not any(_same_table(table, one) for one in written):

@@ -25,7 +25,7 @@ _UNRECORDED = (
     "it ran without an error, and its version was not recorded: the revision, or env.py, ends the transaction itself, "
     "for instance by connection.commit()"
 )
-#: How often in a row the tree's process may end without a word: by a signal, for want of memory.
+#: How often in a row the tree's process may end without a report: by a signal, or out of memory.
 MAX_CRASHES = 3
 
 

@@ -24,7 +24,7 @@ CONNECT_TIMEOUT = 5
 ANSWER_TIMEOUT = 10.0
 #: Seconds of silence in the midst of a comparison of rows; PostgreSQL is asked about 1,000 modules at a time.
 WORK_TIMEOUT = 30.0
-#: Client side: notice within 10 s that a server vanished without a word (values in seconds; the last in ms).
+#: Client side: notice within 10 s that a server vanished without a FIN (values in seconds; the last in ms).
 KEEPALIVES = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,

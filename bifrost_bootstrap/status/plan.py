@@ -77,7 +77,7 @@ def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
                 diff = cache_diff.compare(states, rows)
                 size = rows.bytes_of(diff.added + diff.changed)
     except WarmError as error:
-        no_diff = f"{'not to be told before the migration: ' if state.pending else ''}{error.args[0]}"
+        no_diff = f"{'unknown before the migration: ' if state.pending else ''}{error.args[0]}"
     sql, no_sql = _sql(settings, tree, state) if with_sql and state.pending else ("", "")
     return Plan(state, diff, no_diff, size, sql, no_sql)
 

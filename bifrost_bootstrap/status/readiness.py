@@ -133,7 +133,7 @@ def compare_timeout(deadline: Deadline) -> float:
 
 
 def _difference(settings: Settings, client: Any, answer_timeout: float, await_open: bool) -> CacheDiff:
-    """What differs for certain, seen twice: a live writer commits a moment before or after he writes his entry."""
+    """What differs for certain, seen twice: a live writer commits a moment before or after it writes its entry."""
     first = cache_diff.compare_now(client, settings, answer_timeout=answer_timeout)
     if await_open and first.open_writers:
         with cache_diff.row_reader(settings, answer_timeout=answer_timeout) as reader:

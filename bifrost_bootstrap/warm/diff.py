@@ -29,7 +29,7 @@ KINDS = ("added", "changed", "removed", "expiring")
 NAMED_PATHS = 10
 #: Rows fetched at once, and paths asked for in one query.
 _ROWS_A_FETCH, _PATHS_A_QUERY = 5000, 1000
-#: The brake: a warm that removes more entries than this, and more than this share of the index, stops.
+#: The shrink limit: a warm that removes more entries than this, and more than this share of the index, stops.
 SHRINK_ENTRIES, SHRINK_SHARE = 20, 0.5
 
 

@@ -27,7 +27,7 @@ MAX_PASSES = 20
 #: From this pass on, differences that live writers keep making do not keep a warm from ending (see `_is_in_flight`).
 #: Before it only a comparison without any difference does: it proves more, and a cache that is at rest gets there.
 SETTLING_PASS = 4
-#: Pauses between passes, seconds: a live writer needs a moment from his commit to his entry.
+#: Pauses between passes, seconds: a live writer needs a moment from its commit to its entry.
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 #: Characters of content sent in one go: large enough to amortise a system call, small enough that neither
 #: PostgreSQL nor Redis waits while we are busy with the other.

@@ -32,8 +32,8 @@ LOOKS = 2
 #: Every so many looks the entries themselves are compared although counts and marker are right: eviction takes
 #: entries and leaves the index, and a comparison costs a tenth of a second for 10,000 modules.
 FULL_EVERY = 10
-#: Seconds between the two looks that must find the same difference; a live writer needs milliseconds from his
-#: commit to his entry.
+#: Seconds between the two looks that must find the same difference; a live writer needs milliseconds from its
+#: commit to its entry.
 RECHECK_DELAY = 2.0
 #: The guard whose turn it is; any worker on this Redis.
 MONITOR_LEASE_KEY = module_cache.OWN + b"guard"

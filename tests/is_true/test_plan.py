@@ -77,7 +77,7 @@ def test_plan_of_an_empty_database(run_bootstrap: RunBootstrap, database: Databa
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("init would apply 2 revisions and warm the module cache\n")
     assert "pending 0001  Create workspace_files." in done.stdout
-    assert "not to be told before the migration" in done.stdout
+    assert "unknown before the migration" in done.stdout
     assert "CREATE TABLE workspace_files" in done.stdout
     assert "INSERT INTO alembic_version (version_num) VALUES ('0001')" in done.stdout
     assert done.stderr.splitlines()[-1].endswith("(exit 0)")
