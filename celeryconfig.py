@@ -33,8 +33,8 @@ task_create_missing_queues = False
 # The timeouts (seconds) are for a broker that is frozen, and for a line that was cut.
 broker_transport_options = {"confirm_publish": True, "confirm_timeout": 5.0, "read_timeout": 5.0, "write_timeout": 5.0}
 broker_connection_timeout = 4.0
-# A worker whose connection was cut silently notices after three and a half heartbeats (measured); with Celery's own 120 s,
-# after minutes. RabbitMQ advises 5 to 20.
+# A worker whose connection was cut silently notices after three and a half heartbeats (measured). With Celery's own
+# 120 s that is minutes. RabbitMQ advises 5 to 20.
 broker_heartbeat = 6
 # The queue of the answers to `celery inspect`: a thread of Flower asks over one connection and over the next, which an
 # exclusive one would lock. Durable, as RabbitMQ 4 wants it then. (The worker's own: `failover.py`.)
