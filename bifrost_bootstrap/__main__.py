@@ -1,4 +1,4 @@
-"""`python -m bifrost_bootstrap`, and the installed command. Every way out has a code of the contract."""
+"""`python -m bifrost_bootstrap`, and the installed command. It always ends with an exit code of the contract."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line. An import error is a bug of the installation (70), not Python's 1."""
-    # Until the command line listens itself: as PID 1 a signal that nobody handles would be lost.
+    """Run the command line. An import error ends with 70, not with Python's 1."""
+    # Until the command line installs its own handlers: PID 1 does not get a signal that has no handler.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: os._exit(128 + received))
-    _open_what_is_closed()
+    _open_closed_streams()
     try:
         from bifrost_bootstrap.cli.commands import run
     except KeyboardInterrupt:
@@ -22,11 +22,11 @@ def main() -> NoReturn:
     sys.exit(run(sys.argv[1:]))
 
 
-def _open_what_is_closed() -> None:
-    """Started with `>&-`: what is written goes nowhere, and not into the file or socket that is opened next."""
+def _open_closed_streams() -> None:
+    """Open closed standard streams (`>&-`) on /dev/null. Otherwise the next file or socket would get our output."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            # The lowest number that is free.
+            # os.open takes the lowest free number, which is this one.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if number == 0 else "w"))
 
 

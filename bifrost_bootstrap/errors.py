@@ -135,10 +135,7 @@ class CertificateError(RefusedError):
     """A server's certificate has an unknown CA or another host name, or is expired. Waiting does not help."""
 
     text = "TLS certificate of {server} was rejected: {reason}"
-    advice = (
-        "name the CA of its certificate in the server's URL (sslrootcert for PostgreSQL, ssl_ca_certs for Redis and "
-        "RabbitMQ), and the host as the certificate names it"
-    )
+    advice = "correct the CA (sslrootcert for PostgreSQL, else ssl_ca_certs) or the host name in the server's URL"
 
 
 class WrongDatabaseError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("locked", "migrated")):
@@ -152,10 +149,7 @@ class TreeError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("reason",)):
     """The tree failed before its first revision began. reason: what it raised, and where."""
 
     text = "the tree failed before its first revision: {reason}"
-    advice = (
-        "give this container the settings and packages that env.py of the tree needs (its interpreter is "
-        "BIFROST_ALEMBIC_PYTHON), then run init again"
-    )
+    advice = "give BIFROST_ALEMBIC_PYTHON the packages, and this container the settings, that the tree's env.py needs"
 
 
 class VersionTableError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("read", "written")):
@@ -168,10 +162,7 @@ class VersionTableError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("rea
 class PoolTooSmallError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("server", "seconds")):
     """The migration lock has the pooler's only connection. seconds: how long we waited for a second one."""
 
-    text = (
-        "{server} gave no second connection within {seconds:.0f}s while the migration lock has one: "
-        "a pooler with a pool of one connection"
-    )
+    text = "{server} gave no second connection within {seconds:.0f}s: its pooler has a pool of one connection"
     advice = "raise the pool size to 2 or more, or set BIFROST_MIGRATION_DATABASE_URL to the server itself"
 
 

@@ -1,4 +1,4 @@
-"""Log set-up for commands and worker: everything on stderr, text or JSON lines, no secret in either."""
+"""The log of commands and worker: on stderr, as text or JSON lines, with all secrets masked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from bifrost_bootstrap.redaction import masked
 
-#: Attributes that every LogRecord has; what a caller passes as `extra` is what is left.
+#: Attributes that every LogRecord has. The others are what a caller passed as `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "data", "color_message"}
 
 
@@ -23,7 +23,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`time level message`, one event a line (more where the message has more), secrets masked."""
+    """`time level message`: one line per event, or more if the message has more."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = f"{_time(record)} {record.levelname:<7} {record.getMessage()}"
@@ -33,7 +33,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and the facts passed as `extra`."""
+    """One JSON object per line: time (UTC), level, logger, message, and what was passed as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         event = {
@@ -49,7 +49,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
-    """Writes to what `sys.stderr` is at that moment: a progress bar puts itself before it."""
+    """Writes to the current `sys.stderr`: a progress bar replaces it for a while."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -60,11 +60,11 @@ class _StderrHandler(logging.StreamHandler[Any]):
 
 
 def configure(log_format: str, level: str) -> None:
-    """Send every logger of this process to stderr. `log_format`: "text" or "json". May be called again."""
+    """Send all loggers of this process to stderr. `log_format`: "text" or "json". A second call replaces the first."""
     handler = _StderrHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(capture=True)
-    # Their INFO lines (SQL parameters, reconnect details) are for debugging them, not for an operator.
+    # Their INFO lines (SQL parameters, details of reconnects) are of no use to an operator.
     for name in ("kombu", "amqp", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.DEBUG if level == "DEBUG" else logging.WARNING)

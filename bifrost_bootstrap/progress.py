@@ -1,4 +1,4 @@
-"""What a task tells while it is held by a worker: the one progress event, and where it lies in Redis."""
+"""What init and worker tell each other through Redis: progress, heartbeats, and that an init still waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Facts:
-    """What `--json`, or a task's result, says of it: its fields."""
+    """A result with its fields as JSON, for `--json` and for Celery."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -18,10 +18,10 @@ class Facts:
 @dataclass(frozen=True)
 class Progress(Facts):
     """
-    How far a step is.
+    How far a step has got.
 
-    step: "migrate" or "warm". done, total: in `unit`; total 0 where it is not known. unit: "revisions",
-    "modules", or "" while waiting. note: what is going on now, in words.
+    step: "migrate" or "warm". done, total: in `unit`; total is 0 if it is unknown. unit: "revisions", "modules", or ""
+    while the step waits. note: what the step does now, in words.
     """
 
     step: str
@@ -36,39 +36,41 @@ class Progress(Facts):
 
     @property
     def what(self) -> str:
-        """What is going on, without how far it is."""
+        """What the step does now, without how far it has got."""
         return f"{self.step}: {self.note or self.unit}"
 
 
-#: Where a step reports to; called in the thread of the step, must not raise.
+#: Takes the progress of a step. It is called in the thread of the step and must not raise.
 Report = Callable[[Progress], None]
 
 
-#: Message header: the id of the first task of the chain that an init waits for. Calls by hand have none.
+#: Header of a message: the id of the first task of its chain, if an init waits for it. Calls by hand have none.
 CHAIN_HEADER = "bifrost_wanted"
 
 
 def progress_key(task_id: str) -> bytes:
-    """Where a running task leaves its last `Progress`, as JSON."""
+    """The key of the last `Progress` of a running task, as JSON."""
     return b"bifrost:bootstrap:progress:" + task_id.encode()
 
 
 def waiting_init_key(task_id: str) -> bytes:
     """
-    Exists while an init waits for the chain that begins with this task: the seconds that a task may wait from now on.
+    The key that an init keeps alive while it waits for the chain that begins with this task.
 
-    Not in the message, which may lie in the queue for as long as a worker needs to start.
+    Its value is the number of seconds that a task may wait from now on. The message cannot hold it: it may be in the
+    queue for as long as a worker takes to start.
     """
     return b"bifrost:bootstrap:wanted:" + task_id.encode()
 
 
-#: Seconds that a message waits in the broker; then the broker drops it, and a living init sends another.
+#: Seconds after which the broker drops a message that no worker has received. An init that still waits sends another.
 MESSAGE_TTL = 45.0
-#: Seconds between two heartbeats, and how long one counts: a worker that is paused for 5 s is not
-#: taken for dead, and a dead one is noticed within 10 s.
-BEAT, HEARTBEAT_TTL = 2.0, 10
+#: Seconds between two heartbeats.
+BEAT = 2.0
+#: Seconds that a heartbeat lasts: a worker that pauses for 5 s does not count as dead, and a dead one does within 10 s.
+HEARTBEAT_TTL = 10
 
 
 def heartbeat_key(task_id: str) -> bytes:
-    """Exists while a worker has the task: the main process renews it for waiting tasks, a running task its own."""
+    """The heartbeat of a task that a worker has. A running task renews its own, the main process those that wait."""
     return b"bifrost:bootstrap:held:" + task_id.encode()

@@ -1,4 +1,4 @@
-"""The only place that masks: secrets, and parts of them, in whatever is printed, logged or stored."""
+"""The only place that masks secrets, and parts of them, in text that is printed, logged or stored."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
-#: Secrets below this length (characters) would blot out ordinary words.
+#: The shortest secret (characters): shorter ones would mask ordinary words.
 _SHORTEST_SECRET = 3
-#: The same for values of variables that are secret by their name only, where many a value is a word or a switch.
+#: The same for variables that are secret only by their name: many of their values are a word or a switch.
 _SHORTEST_VALUE = 8
-#: So many characters in a row of a secret are masked too: libraries shorten values, and quote half a URL.
+#: The length of the parts of a secret that are masked (characters): libraries shorten values, and quote half a URL.
 _PART = 8
 #: Names of variables whose value is a secret.
 _SECRET_NAME = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|APIKEY|(?:^|_)(?:KEY|PASS)S?(?:_|$)", re.IGNORECASE)
@@ -23,7 +23,7 @@ _parts: set[str] = set()
 
 
 def remember_secret(secret: str) -> None:
-    """From now on `masked` replaces this value and its parts, also as it is written in a URL and in JSON."""
+    """Have `masked` replace this value and its parts from now on, also in their forms in a URL and in JSON."""
     plain = unquote(secret)
     forms = {secret, plain, quote(plain), quote(plain, safe="")}
     forms |= {json.dumps(form, ensure_ascii=ascii)[1:-1] for form in forms for ascii in (True, False)}
@@ -34,7 +34,7 @@ def remember_secret(secret: str) -> None:
 
 
 def remember_environment(environment: Mapping[str, str]) -> None:
-    """Remember the passwords of all URLs, and the values of the variables whose name says that they are secret."""
+    """Remember the passwords of all URLs, and the values of variables with a name of a secret."""
     for name, value in environment.items():
         if "://" in value:
             for password in _PASSWORD.findall(value):
@@ -44,11 +44,11 @@ def remember_environment(environment: Mapping[str, str]) -> None:
 
 
 def masked(text: str) -> str:
-    """The text with `***` for the password of every URL, for each secret that was remembered, and for parts of it."""
-    # The secrets first: a password with an "@" in it would be cut in two by the other.
+    """The text with `***` in place of the password of every URL, of each remembered secret, and of parts of these."""
+    # The secrets first: the pattern below would mask only half of a password with an "@".
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    # Of bounded length: text of nothing but "://" would take minutes.
+    # A bounded length: without it, text of nothing but "://" would take minutes.
     text = re.sub(r"(?<=://)([^:/@\s'\"]*):[^@\s'\"]{0,1000}@", r"\1:***@", text)
     return _without_parts(text) if _parts else text
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bifrost_bootstrap.errors import SettingsError
 from bifrost_bootstrap.redaction import remember_environment
@@ -48,18 +48,14 @@ SERVERS: dict[Need, tuple[str, ...]] = {
 }
 
 
-def duration(value: object) -> float:
+def duration(value: str) -> float:
     """Seconds from `90`, `90s`, `5m`, `1h30m`. Raises ValueError with examples for anything else."""
-    text = str(value).strip().lower()
+    text = value.strip().lower()
     if re.fullmatch(_NUMBER, text):
         return float(text)
     if not re.fullmatch(rf"({_NUMBER}(ms|[smhd]))+", text):
         raise ValueError("is no duration; write for example 90s, 5m or 1h30m")
     return sum(float(number) * _UNITS[unit] for number, unit in re.findall(rf"({_NUMBER})(ms|[smhd])", text))
-
-
-def _postgres_url(value: object) -> object:
-    return parse_postgres(value) if isinstance(value, str) else value
 
 
 def _redis_url(value: str) -> str:
@@ -76,12 +72,8 @@ def _kubernetes_termination_log() -> Path | None:
     return KUBERNETES_TERMINATION_LOG if KUBERNETES_TERMINATION_LOG.exists() else None
 
 
-def _words(value: object) -> object:
-    return shlex.split(value) if isinstance(value, str) else value
-
-
 Duration = Annotated[float, BeforeValidator(duration), Field(ge=0)]
-DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(_postgres_url), PlainSerializer(str)]
+DatabaseUrl = Annotated[PostgresUrl, BeforeValidator(parse_postgres)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 #: RabbitMQ is what is supported; `--embedded` uses its Redis.
 BrokerUrl = Annotated[str, AfterValidator(_broker_url)]
@@ -106,7 +98,7 @@ class Settings(BaseModel):
     #: Section of that file with the tree's options, as in `alembic --name`. Default: `alembic`.
     alembic_name: str | None = None
     #: `key=value` pairs for env.py, as in `alembic -x`, separated by blanks and quoted as for a shell.
-    alembic_x: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    alembic_x: Annotated[tuple[str, ...], BeforeValidator(shlex.split)] = ()
     #: Interpreter with the tree's own Alembic and SQLAlchemy. Default: the one that runs this program.
     alembic_python: str | None = None
     #: Version table of the tree; `schema.table` if it is not on the search path.

@@ -11,13 +11,11 @@ from urllib.parse import SplitResult, parse_qsl, quote, urlencode, urlsplit
 from bifrost_bootstrap.redaction import remember_secret
 
 #: Connect arguments of asyncpg, and of SQLAlchemy's dialect for it, that libpq does not have.
-ASYNCPG_ONLY = frozenset(
-    {
-        "async_fallback", "command_timeout", "direct_tls", "max_cacheable_statement_size",
-        "max_cached_statement_lifetime", "prepared_statement_cache_size", "prepared_statement_name_func",
-        "server_settings", "statement_cache_size", "timeout",
-    }
-)  # fmt: skip
+ASYNCPG_ONLY = {
+    "async_fallback", "command_timeout", "direct_tls", "max_cacheable_statement_size", "max_cached_statement_lifetime",
+    "prepared_statement_cache_size", "prepared_statement_name_func", "server_settings", "statement_cache_size",
+    "timeout",
+}  # fmt: skip
 #: asyncpg's `ssl=` takes booleans too.
 _SSL_WORDS = dict.fromkeys(("true", "1", "on"), "require") | dict.fromkeys(("false", "0", "off"), "disable")
 #: What follows the scheme of a PostgreSQL URL. Not urlsplit: a password may contain any character, escaped or not. If

@@ -1,11 +1,11 @@
-"""PostgreSQL: connections of our own, their errors in our words, and the one read that tells where the schema is."""
+"""PostgreSQL: connections, their errors as ours, and what several steps read from the catalog."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, LiteralString
 
 import psycopg
@@ -20,20 +20,13 @@ Connection = psycopg.Connection[tuple[object, ...]]
 
 #: Seconds for one connection attempt.
 CONNECT_TIMEOUT = 5
-#: Seconds for a short read; a pooler whose connections are all in use may take some of them.
+#: Seconds for a short read, with the wait for a free connection of a pooler.
 ANSWER_TIMEOUT = 10.0
-#: Seconds of silence in the midst of a comparison of rows; PostgreSQL is asked about 1,000 modules at a time.
+#: Seconds for an answer during a comparison of rows. One query asks for 1,000 modules.
 WORK_TIMEOUT = 30.0
-#: Client side: notice within 10 s that a server vanished without a FIN (values in seconds; the last in ms).
-KEEPALIVES = {
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
-#: Text is sent to us as it is in Redis, whatever the encoding of the database.
-ENCODING = {"client_encoding": "UTF8"}
-#: Words by which servers and poolers refuse a login; libpq gives no SQLSTATE for it.
+#: TCP of the client: notice within 10 s that a server has vanished without a FIN. In seconds; the last in milliseconds.
+KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+#: How servers and poolers reject a login. libpq gives no SQLSTATE for it.
 REFUSALS = (
     "authentication failed", "auth failed", "no password supplied", "does not exist", "no such database",
     "no such user", "no pg_hba.conf entry", "pg_hba.conf rejects", "not permitted", "permission denied",
@@ -42,25 +35,24 @@ REFUSALS = (
 )  # fmt: skip
 
 
-#: Of each target the host and port that this process was connected to last.
+#: The host and port of the last connection of this process, by `PostgresUrl.target`.
 _answered: dict[str, tuple[str, str]] = {}
 
 
 class NoAnswer(psycopg.OperationalError):
-    """The server was silent for longer than it was given."""
+    """The server did not answer within the timeout."""
 
 
 def application_name(role: str) -> str:
-    """What `pg_stat_activity` shows of us; PostgreSQL keeps 63 bytes of it."""
+    """Our name in `pg_stat_activity`. PostgreSQL keeps 63 bytes of it."""
     return f"bifrost-bootstrap {role} {socket.gethostname()}/{os.getpid()}"[:63]
 
 
 class BoundedConnection(psycopg.Connection[tuple[object, ...]]):
     """
-    A connection whose server may be silent for `answer_timeout` seconds while we wait for it; None is no limit.
+    A connection that raises NoAnswer and is closed if the server sends nothing for `answer_timeout` seconds.
 
-    Then NoAnswer is raised, and the connection is closed. A server that is frozen, or a pooler without a free
-    connection, acknowledges what we send and never answers.
+    None is no limit. A frozen server, or a pooler with no free connection, accepts our query and never replies.
     """
 
     answer_timeout: float | None = None
@@ -69,21 +61,19 @@ class BoundedConnection(psycopg.Connection[tuple[object, ...]]):
         return super().wait(self._bounded(gen) if self.answer_timeout else gen, *options, **named)
 
     def _bounded(self, exchange: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """The exchange; psycopg resumes it when data comes, and with 0 where none has come for a moment."""
+        """The exchange with the server. psycopg sends it 0 if the socket was not ready for a moment."""
         assert self.answer_timeout
         silence = Deadline(self.answer_timeout)
         ready = None
-        while True:
+        while not silence.passed:
             try:
-                wanted = exchange.send(ready)
+                ready = yield exchange.send(ready)
             except StopIteration as done:
                 return done.value
-            ready = yield wanted
             if ready:
                 silence = Deadline(self.answer_timeout)
-            elif silence.passed:
-                self.close()
-                raise NoAnswer(f"no answer within {self.answer_timeout:.0f}s")
+        self.close()
+        raise NoAnswer(f"no answer within {self.answer_timeout:.0f}s")
 
 
 @contextmanager
@@ -91,36 +81,36 @@ def connect(
     url: PostgresUrl, role: str, *, autocommit: bool = True, answer_timeout: float | None = None
 ) -> Iterator[Connection]:
     """
-    A connection that leaves nothing behind at a pooler: no prepared statement, no session setting.
+    A connection that leaves nothing at a pooler: no prepared statement, no session setting. Closed at the end.
 
-    answer_timeout: seconds of silence of the server, see `BoundedConnection`. Errors inside the block are raised in
-    our words (see `translated`). Closed at the end.
+    answer_timeout: see `BoundedConnection`. Errors inside the block are raised as ours (see `translated`).
     """
+    parameters: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT,
+        **KEEPALIVES,
+        **at_last_host(url).parameters,
+        # That of Redis, whatever the encoding of the database is.
+        "client_encoding": "UTF8",
+        # Not that of the URL: other sessions name the one that they wait for by it.
+        "application_name": application_name(role),
+    }
     with translated(url):
-        # Ours wins over the URL's: by this name a waiter says whom it waits for.
-        ours = {**ENCODING, "application_name": application_name(role)}
-        connection = BoundedConnection.connect(
-            **{"connect_timeout": CONNECT_TIMEOUT, **KEEPALIVES, **at_last_host(url).parameters, **ours},  # type: ignore[arg-type]
-            autocommit=autocommit,
-            prepare_threshold=None,
-        )
+        connection = BoundedConnection.connect(**parameters, autocommit=autocommit, prepare_threshold=None)
         _answered[url.target] = (connection.info.host, str(connection.info.port))
         connection.answer_timeout = answer_timeout
-        try:
+        with closing(connection):
             yield connection
-        finally:
-            connection.close()
 
 
 def at_last_host(url: PostgresUrl) -> PostgresUrl:
-    """The URL; of several hosts, first the one that answered last: a frozen one takes `CONNECT_TIMEOUT`."""
+    """The URL with the host that answered last as the first of several: a frozen host takes `CONNECT_TIMEOUT`."""
     last = _answered.get(url.target)
     return url.beginning_at(*last) if last else url
 
 
 @contextmanager
 def translated(url: PostgresUrl) -> Iterator[None]:
-    """Raise RefusedError for a login, right or database, CertificateError, UnavailableError for what is away."""
+    """Raise errors of psycopg as RefusedError (login, right, database), CertificateError or UnavailableError."""
     try:
         yield
     except psycopg.OperationalError as error:
@@ -132,25 +122,24 @@ def translated(url: PostgresUrl) -> Iterator[None]:
 
 
 def _login_error(url: PostgresUrl, error: psycopg.OperationalError) -> RefusedError | UnavailableError:
-    # libpq prefixes each line with the address; the last line is the one that counts, but for what libpq asks us.
+    # libpq may end with a question, such as "Is the server running on that host?".
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("?")]
-    refusing = next((line for line in lines if any(word in line for word in REFUSALS)), "")
-    text = masked(refusing or (lines[-1] if lines else type(error).__name__))
-    if error.sqlstate is None and "certificate" in str(error):
-        # libpq's advice is its last line, and says less.
-        return CertificateError(str(url), next((masked(line) for line in lines if "certificate" in line), text))
-    if error.sqlstate is None and refusing:
-        return RefusedError(str(url), text)
-    return UnavailableError(str(url), text)
+    certificate = next((line for line in lines if "certificate" in line), "")
+    rejection = next((line for line in lines if any(words in line for words in REFUSALS)), "")
+    if error.sqlstate is None and certificate:
+        return CertificateError(str(url), masked(certificate))
+    if error.sqlstate is None and rejection:
+        return RefusedError(str(url), masked(rejection))
+    return UnavailableError(str(url), masked(rejection or (lines[-1] if lines else type(error).__name__)))
 
 
 def database_heads(connection: Connection, version_table: str) -> tuple[str, ...]:
     """
-    The revisions that the database records; empty where the version table is absent or empty.
+    The revisions that the database records; empty if the version table does not exist or is empty.
 
-    One statement and no lock beyond that of a read. Inside a transaction, a savepoint keeps it usable.
+    One read. Inside a transaction it uses a savepoint, so that the transaction survives a missing table.
 
-    Raises SettingsError where that table is none of Alembic's.
+    Raises SettingsError if the table is not a version table of Alembic.
     """
     query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(*version_table.split(".")))
     try:
@@ -164,19 +153,17 @@ def database_heads(connection: Connection, version_table: str) -> tuple[str, ...
 
 
 def other_table(connection: Connection, table: str) -> str:
-    """A table of the same name in another schema than the one where `table` is found, `schema.table`; else ""."""
-    found = scalar(
-        connection,
+    """The newest table with the name of `table` in another schema, as `schema.table`; "" if there is none."""
+    query: LiteralString = (
         "SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE c.relname = %s AND c.relkind IN ('r', 'p') AND c.oid IS DISTINCT FROM to_regclass(%s)"
-        " ORDER BY c.oid DESC LIMIT 1",
-        table.rsplit(".", maxsplit=1)[-1], table,
-    )  # fmt: skip
-    return str(found or "")
+        " ORDER BY c.oid DESC LIMIT 1"
+    )
+    return str(scalar(connection, query, table.rsplit(".", maxsplit=1)[-1], table) or "")
 
 
-#: Of `pg_index i`: INVALID, and no session is building it. Which index a session of another role builds is hidden; that
-#: it holds a lock on the table is not.
+#: A condition on `pg_index i`: the index is INVALID and no session builds it. PostgreSQL hides which index a session of
+#: another role builds, but not its lock on the table.
 LEFTOVER: LiteralString = """
     NOT i.indisvalid AND NOT EXISTS (
       SELECT FROM pg_stat_progress_create_index p WHERE p.datname = current_database() AND coalesce(
@@ -187,19 +174,19 @@ LEFTOVER: LiteralString = """
 
 def invalid_indexes(connection: Connection) -> dict[str, str]:
     """
-    INVALID indexes that no session is building, each with the statement that repairs it.
+    INVALID indexes that no session builds, each with the statement that repairs it.
 
-    An interrupted concurrent build or rebuild left them: every write keeps them up, no query uses them.
+    An interrupted concurrent build or rebuild left them. Every write maintains them, and no query uses them.
     """
     rows = connection.execute(
         "SELECT i.indexrelid::regclass::text, c.relname ~ '_cc(new|old)[0-9]*$' FROM pg_index i"  # noqa: S608
         f" JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relkind = 'i' AND {LEFTOVER} ORDER BY 1"
     )
-    # What a REINDEX left beside the index that still serves is of no use.
-    return {str(name): f"{'DROP' if left else 'REINDEX'} INDEX CONCURRENTLY {name}" for name, left in rows}
+    # An interrupted REINDEX leaves a useless copy beside the index that is in use.
+    return {str(name): f"{'DROP' if copy else 'REINDEX'} INDEX CONCURRENTLY {name}" for name, copy in rows}
 
 
 def scalar(connection: Connection, query: LiteralString, *parameters: object) -> object:
-    """First column of the first row, or None where there is no row."""
+    """The first column of the first row; None if there is no row."""
     row = connection.execute(query, parameters).fetchone()
     return row[0] if row else None

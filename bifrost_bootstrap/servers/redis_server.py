@@ -1,4 +1,4 @@
-"""Redis: connections of our own, their errors in our words, and what kind of server it is."""
+"""Redis: connections, their errors as ours, and what kind of server it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
+from redis import exceptions
 
 from bifrost_bootstrap.errors import NO_TLS_FILE, CertificateError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.redaction import masked
@@ -18,24 +19,22 @@ from bifrost_bootstrap.urls import TLS_SCHEMES, parse_redis
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for one connection attempt, and for one answer; the longest of ours is the switch of a large change.
-CONNECT_TIMEOUT, ANSWER_TIMEOUT = 5.0, 30.0
+#: Seconds for one connection attempt.
+CONNECT_TIMEOUT = 5.0
+#: Seconds for one answer. The switch of a large change takes longest.
+ANSWER_TIMEOUT = 30.0
 
-#: Words by which it refuses a login, or a database that it does not have; no class of the library's tells them apart.
+#: How Redis rejects a login, or a database that it does not have. redis-py has no classes for these.
 _REFUSALS = ("DENIED ", "DB index is out of range", "without any password")
-#: Words by which it says that it will answer later: a long script of somebody else's, a replica that synchronises.
+#: How Redis says that it will answer later: it runs a long script of another client, or a replica synchronises.
 _PASSING = ("BUSY ", "MASTERDOWN ", "TRYAGAIN ")
 _IS_CLUSTER = "is a Redis Cluster; the switch needs one server (or Sentinel's primary)"
-#: What a Redis Cluster answers to a client of a single server.
-_CLUSTER_ERRORS = (
-    redis.exceptions.AskError,  # and MovedError
-    redis.exceptions.ClusterCrossSlotError,
-    redis.exceptions.ClusterDownError,
-)
+#: What a Redis Cluster answers to a client of a single server. MovedError is an AskError.
+_CLUSTER_ERRORS = (exceptions.AskError, exceptions.ClusterCrossSlotError, exceptions.ClusterDownError)
 
 
 def display_name(url: str) -> str:
-    """The server in words, without user and password."""
+    """The server as messages name it, without user and password."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return f"Redis {parts.path}"
@@ -45,12 +44,12 @@ def display_name(url: str) -> str:
 @contextmanager
 def connect(url: str, *, answer_timeout: float = ANSWER_TIMEOUT) -> Iterator[redis.Redis]:
     """
-    A client that talks bytes. Errors inside the block are raised in our words. Closed at the end.
+    A client that reads and writes bytes, closed at the end. Errors inside the block are raised as ours (`translated`).
 
-    answer_timeout: seconds. Nothing is retried here: the callers know what may be done twice.
+    answer_timeout: seconds. Nothing is retried here: only the caller knows what may be done twice.
     """
     url = parse_redis(url)
-    # A Unix socket has neither.
+    # redis-py does not accept these for a Unix socket.
     tcp = {} if url.startswith("unix:") else {"socket_connect_timeout": CONNECT_TIMEOUT, "socket_keepalive": True}
     client = redis.Redis.from_url(url, socket_timeout=answer_timeout, retry=None, **tcp)
     try:
@@ -63,17 +62,19 @@ def connect(url: str, *, answer_timeout: float = ANSWER_TIMEOUT) -> Iterator[red
 @contextmanager
 def translated(url: str) -> Iterator[None]:
     """
-    Raise RefusedError for a login or a right, CertificateError, UnavailableError for a server that is away, WarmError
-    for a write.
+    Raise errors of redis-py as ours.
+
+    RefusedError for a login or a right, CertificateError, UnavailableError if the server does not answer, WarmError for
+    any other answer.
     """
     server = display_name(url)
     try:
         yield
-    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+    except (redis.AuthenticationError, exceptions.NoPermissionError) as error:
         raise RefusedError(server, masked(str(error))) from error
     except _CLUSTER_ERRORS as error:
         raise WarmError(f"{server} {_IS_CLUSTER}") from error
-    except (redis.exceptions.BusyLoadingError, redis.ConnectionError, redis.TimeoutError, OSError) as error:
+    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         cause = error.__cause__ or error.__context__ or error
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise CertificateError(server, masked(str(error))) from error
@@ -81,23 +82,24 @@ def translated(url: str) -> Iterator[None]:
             raise CertificateError(server, NO_TLS_FILE) from error
         raise UnavailableError(server, masked(str(error))) from error
     except redis.ResponseError as error:
-        if any(word in str(error) for word in _REFUSALS):
-            raise RefusedError(server, masked(str(error))) from error
-        if str(error).startswith(_PASSING):
-            raise UnavailableError(server, masked(str(error))) from error
-        # Redis 6.2 says what a script met in the middle of other words.
-        if isinstance(error, redis.exceptions.ReadOnlyError) or "-READONLY " in str(error):
+        text = masked(str(error))
+        if any(word in text for word in _REFUSALS):
+            raise RefusedError(server, text) from error
+        if text.startswith(_PASSING):
+            raise UnavailableError(server, text) from error
+        # Redis 6.2 reports the error of a script with other words around it.
+        if isinstance(error, exceptions.ReadOnlyError) or "-READONLY " in text:
             raise WarmError(f"{server} is a read-only replica; BIFROST_REDIS_URL must name the primary") from error
-        raise WarmError(f"{server} says: {masked(str(error))}") from error
+        raise WarmError(f"{server} says: {text}") from error
 
 
 @dataclass(frozen=True)
 class ServerFacts:
     """
-    What a server tells of itself.
+    What a server says about itself.
 
-    cluster: one of Redis Cluster. primary: `host:port` where it is a read-only replica, else "". used, limit: bytes,
-    limit 0 where there is none. policy: what is evicted at the limit, in Redis' own word.
+    cluster: whether it is part of a Redis Cluster. primary: `host:port` of its primary if it is a read-only replica,
+    else "". used, limit: bytes; limit 0 means none. policy: what it evicts at the limit, in Redis' own word.
     """
 
     cluster: bool
@@ -108,7 +110,7 @@ class ServerFacts:
 
     @property
     def evicts(self) -> str:
-        """What of ours may be evicted, in words; "" where nothing is."""
+        """What it may evict of ours, in words; "" for nothing."""
         if not self.limit or self.policy == "noeviction":
             return ""
         everything = self.policy.startswith("allkeys")
@@ -116,28 +118,29 @@ class ServerFacts:
 
 
 def facts(client: redis.Redis) -> ServerFacts | None:
-    """What the server tells of itself; None where this user may not ask."""
+    """What the server says about itself; None if this user has no right to ask."""
     try:
-        told: dict[str, Any] = dict(client.info())
-    except (redis.exceptions.NoPermissionError, redis.ResponseError) as error:
+        info: dict[str, Any] = dict(client.info())
+    except redis.ResponseError as error:
         logger.debug("INFO: %s", masked(str(error)))
         return None
     return ServerFacts(
-        cluster=told.get("redis_mode") == "cluster" or told.get("cluster_enabled") == 1,
-        primary=f"{told.get('master_host')}:{told.get('master_port')}" if told.get("role") == "slave" else "",
-        used=int(told.get("used_memory", 0)),
-        limit=int(told.get("maxmemory", 0)),
-        policy=str(told.get("maxmemory_policy", "noeviction")),
+        cluster=info.get("redis_mode") == "cluster" or info.get("cluster_enabled") == 1,
+        primary=f"{info.get('master_host')}:{info.get('master_port')}" if info.get("role") == "slave" else "",
+        used=int(info.get("used_memory", 0)),
+        limit=int(info.get("maxmemory", 0)),
+        policy=str(info.get("maxmemory_policy", "noeviction")),
     )
 
 
 def require_primary(client: redis.Redis, url: str) -> ServerFacts | None:
     """
-    What the server tells of itself, as `facts`. Raises WarmError for a replica and a cluster.
+    The `facts` of the server. Raises WarmError for a replica and for a cluster.
 
-    A primary that was demoted answers with what it held, until it has copied the new one.
+    A primary that was demoted answers with its old data until it has copied the new primary.
     """
-    server, found = display_name(url), facts(client)
+    found = facts(client)
+    server = display_name(url)
     if found and found.cluster:
         raise WarmError(f"{server} {_IS_CLUSTER}")
     if found and found.primary:
@@ -147,13 +150,14 @@ def require_primary(client: redis.Redis, url: str) -> ServerFacts | None:
 
 def room_for_writing(client: redis.Redis, url: str) -> int | None:
     """
-    Bytes left below `maxmemory`; None where there is no limit, or this user may not ask.
+    Bytes left below `maxmemory`; None if there is no limit, or if this user has no right to ask.
 
-    Warns of a policy that may evict what we write. Raises WarmError for a replica and a cluster.
+    Logs a warning if the server may evict what we write. Raises WarmError for a replica and for a cluster.
     """
-    server, found = display_name(url), require_primary(client, url)
+    server = display_name(url)
+    found = require_primary(client, url)
     if found is None:
-        logger.info("%s does not tell its memory to this user", server)
+        logger.info("%s does not show its memory to this user", server)
         return None
     if found.evicts:
         logger.warning("%s may evict %s (maxmemory-policy %s); use noeviction", server, found.evicts, found.policy)

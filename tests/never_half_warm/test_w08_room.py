@@ -110,7 +110,7 @@ def test_w08_user_without_info(make_store: MakeStore, server: RedisServer, logge
     store.put({"a.py": "x"})
     store.warm()
     store.assert_exact()
-    assert "does not tell its memory" in logged()
+    assert "does not show its memory" in logged()
 
 
 @pytest.mark.parametrize("end", [b":3.py", b"bifrost:bootstrap:plan:"])
