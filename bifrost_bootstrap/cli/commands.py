@@ -222,7 +222,8 @@ def load(folder: Path, yes: bool) -> Outcome:
 
 def _init(timeout: float | None, *, with_worker: bool = False, **work: bool) -> Outcome:
     """Run init until it succeeds. work: the fields of its `Request`."""
-    from bifrost_bootstrap.init.loop import Request, init
+    from bifrost_bootstrap.init.loop import init
+    from bifrost_bootstrap.init.run import Request
 
     settings = _load("database", "redis", "rabbitmq", "tree")
     deadline = Deadline(settings.init_timeout if timeout is None else timeout)

@@ -6,11 +6,11 @@ Celery's results are only a fast notification. init succeeds only on what it has
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from bifrost_bootstrap.errors import BootstrapError, MigrateGivenUpError, WarmGivenUpError
-from bifrost_bootstrap.progress import MESSAGE_TTL, Progress
+from bifrost_bootstrap.init.chain_record import ChainRecord, Stage, TransientFailure, WorkerLost
+from bifrost_bootstrap.progress import MESSAGE_TTL
 
 #: How many runs of one step may be lost with their worker before init gives up.
 MAX_ATTEMPTS = 3
@@ -22,63 +22,26 @@ RETRY_PAUSE = 3.0
 
 
 @dataclass(frozen=True)
-class TaskState:
-    """
-    One task, from the result backend.
-
-    status: Celery's word; "PENDING" also if nothing is known. alive: a worker sends heartbeats for the task.
-    progress: the newest. error: the task failed by itself. worker_lost: how its worker was lost with it.
-    transient_failure: the task did nothing for a reason that passes: a server was unreachable, or no init waited any
-    more. result: what the task returned.
-    """
-
-    status: str = "PENDING"
-    alive: bool = False
-    progress: Progress | None = None
-    error: BootstrapError | None = None
-    worker_lost: str = ""
-    transient_failure: str = ""
-    result: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def started(self) -> bool:
-        """Whether the work began. A task that a worker has only received can be lost without harm."""
-        return self.status != "PENDING" and not self.transient_failure
-
-
-@dataclass(frozen=True)
 class Observation:
     """
     What init knows now.
 
     ready: schema and cache were read, and the deployment may start. behind: the schema was read and is not at head.
-    refusal: why waiting cannot help. away: the unreachable servers, in words; all other facts may be stale then.
-    published: init has published a chain. silent_for: seconds since its last sign. age: seconds since it was published.
-    received: a worker has had the current step, or has started it. started: the current step has begun its work.
-    losses: runs that were lost with their worker. lock_holder: who holds the migration lock, "" for nobody. queued,
-    consumers: messages and workers of the queue, None if the broker does not report them.
+    refusal: why waiting cannot help. away: the servers that fail now, in words; all other facts may be stale then.
+    chain: the chain that init published last, None before the first. losses: chains that were lost with their worker.
+    lock_holder: who holds the migration lock, "" for nobody. queued, consumers: messages and workers of the queue, None
+    if the broker does not report them.
     """
 
     ready: bool = False
     behind: bool = False
     refusal: BootstrapError | None = None
     away: str = ""
-    published: bool = False
-    migrate: TaskState = TaskState()
-    warm: TaskState = TaskState()
-    silent_for: float = 0.0
-    age: float = 0.0
-    received: bool = False
-    started: bool = False
+    chain: ChainRecord | None = None
     losses: int = 0
     lock_holder: str = ""
     queued: int | None = None
     consumers: int | None = None
-
-    @property
-    def progress(self) -> Progress | None:
-        """The progress of the current step, or of the last one."""
-        return self.warm.progress or self.migrate.progress
 
 
 @dataclass(frozen=True)
@@ -113,59 +76,61 @@ Decision = Succeed | Fail | Wait | Enqueue
 
 def decide(seen: Observation) -> Decision:
     """Choose the next action. Pure: the same observation gives the same decision."""
+    chain = seen.chain
     if seen.ready:
         return Succeed()
-    if error := seen.refusal or seen.migrate.error or seen.warm.error:
+    if error := seen.refusal or (chain and chain.failure(BootstrapError)):
         return Fail(error)
     if seen.away:
         return Wait(seen.away)
-    if not seen.published:
-        if seen.lock_holder:
-            return Wait(f"a migration runs already, its lock is held by {seen.lock_holder}")
-        return Enqueue("enqueueing the chain")
-    return _decide_finished(seen) or _decide_in_flight(seen)
+    if chain:
+        return _decide_finished(seen, chain) or _decide_in_flight(seen, chain)
+    if seen.lock_holder:
+        return Wait(f"a migration runs already, its lock is held by {seen.lock_holder}")
+    return Enqueue("enqueueing the chain")
 
 
-def _decide_finished(seen: Observation) -> Decision | None:
+def _decide_finished(seen: Observation, chain: ChainRecord) -> Decision | None:
     """Decide on a task state that is final; None if no task has one."""
-    if failure := seen.migrate.transient_failure or seen.warm.transient_failure:
-        return Wait(failure) if seen.age < RETRY_PAUSE else Enqueue(f"{failure}; enqueueing again")
-    if loss := seen.migrate.worker_lost or seen.warm.worker_lost:
-        return _retry_or_give_up(seen, loss)
-    if seen.warm.status == "SUCCESS":
+    if failure := chain.failure(TransientFailure):
+        again = Enqueue(f"{failure.reason}; enqueueing again")
+        return Wait(failure.reason) if chain.age < RETRY_PAUSE else again
+    if loss := chain.failure(WorkerLost):
+        return _retry_or_give_up(seen, chain, loss.reason)
+    if chain.warmed:
         # Somebody flushed the cache since then, or the schema moved.
-        return _retry_or_give_up(seen, "both tasks succeeded, but schema and cache are not ready")
+        return _retry_or_give_up(seen, chain, "both tasks succeeded, but schema and cache are not ready")
     return None
 
 
-def _decide_in_flight(seen: Observation) -> Decision:
+def _decide_in_flight(seen: Observation, chain: ChainRecord) -> Decision:
     """Decide while no task has finished: a worker has the task, or its message is on the way, or it was lost."""
-    if seen.migrate.alive or seen.warm.alive:
-        return Wait(seen.progress.what if seen.progress else _waiting_note(seen))
-    if seen.silent_for < SILENCE:
-        return Wait(_waiting_note(seen))
+    if chain.alive and chain.progress:
+        return Wait(chain.progress.what)
+    if chain.alive or chain.silent_for < SILENCE:
+        return Wait(_waiting_note(seen, chain))
     if seen.lock_holder:
         # Another migration, or ours without its heartbeat. A second one would only wait for the lock.
         return Wait(f"a migration runs, its lock is held by {seen.lock_holder}")
-    if seen.started:
-        return _retry_or_give_up(seen, "its worker was lost")
-    if seen.received:
+    if chain.stage is Stage.STARTED:
+        return _retry_or_give_up(seen, chain, "its worker was lost")
+    if chain.stage is Stage.RECEIVED:
         return Enqueue("the worker that held the chain has gone; enqueueing again")
-    if seen.age < MESSAGE_TTL and seen.queued != 0:
+    if chain.age < MESSAGE_TTL and seen.queued != 0:
         return Wait("no bootstrap worker takes the chain" if seen.consumers == 0 else "the chain is queued")
     return Enqueue("the message expired or was lost with a worker; enqueueing again")
 
 
-def _waiting_note(seen: Observation) -> str:
-    if seen.consumers == 0 and not seen.received:
+def _waiting_note(seen: Observation, chain: ChainRecord) -> str:
+    if seen.consumers == 0 and chain.stage is Stage.PUBLISHED:
         return "no bootstrap worker takes the chain"
-    return "warm is about to start" if seen.migrate.status == "SUCCESS" else "migrate is about to start"
+    return "warm is about to start" if chain.migrated else "migrate is about to start"
 
 
-def _retry_or_give_up(seen: Observation, reason: str) -> Decision:
+def _retry_or_give_up(seen: Observation, chain: ChainRecord, reason: str) -> Decision:
     attempts = seen.losses + 1
     if attempts >= MAX_ATTEMPTS:
-        migrated = seen.migrate.status == "SUCCESS" and not (seen.behind and seen.warm.status == "SUCCESS")
+        migrated = chain.migrated and not (seen.behind and chain.warmed)
         given_up = WarmGivenUpError if migrated else MigrateGivenUpError
         return Fail(given_up(attempts, reason))
     return Enqueue(f"{reason}; enqueueing again (attempt {attempts + 1} of {MAX_ATTEMPTS})", worker_lost=True)

@@ -1,132 +1,81 @@
-"""Gathers what init can see: schema and cache, its tasks, the migration lock, the queue, unreachable servers."""
+"""Reads what init can see: schema and cache, the states of its chain, the migration lock, the queue."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import logging
+import time
+from dataclasses import replace
 
 from bifrost_bootstrap import broker
 from bifrost_bootstrap.broker import QueueState
-from bifrost_bootstrap.deadline import REJECTION_TIMEOUT, Deadline
-from bifrost_bootstrap.errors import BootstrapError, CertificateError, RefusedError, UnavailableError, WarmError
+from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.errors import BootstrapError, WarmError
 from bifrost_bootstrap.init import chain
-from bifrost_bootstrap.init.chain import SentChain
-from bifrost_bootstrap.init.decision import Observation, TaskState
+from bifrost_bootstrap.init.chain_record import ChainRecord, Stage
+from bifrost_bootstrap.init.decision import Observation
+from bifrost_bootstrap.init.run import Run
 from bifrost_bootstrap.migrate import lock
 from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
-from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.status import readiness
 from bifrost_bootstrap.status.readiness import Readiness
 
+logger = logging.getLogger(__name__)
+
 #: Seconds between two reads of schema, cache, lock and queue. The task states are one round trip: read every time.
 READINESS_INTERVAL = 2.0
-#: The same while a server is unreachable, so that init notices its return at once.
+#: The same while a server fails, so that init notices its return at once.
 UNREACHABLE_INTERVAL = 0.5
 #: Seconds in which a worker that init started has begun with a chain, and how many connections it then has.
 WORKER_START = 5.0
 WORKER_CONNECTIONS = 3
-#: The key in `Observer.away` for a chain that could not be published. It does not stop init from trying again.
-SENDING = "the chain"
+#: Publishing a chain, in `ServerErrors`. If it fails, init tries it again at once.
+PUBLISHING = "the chain"
 #: Seconds to wait for the stored results after the work is done (they may be lost), and the polling interval.
 RESULT_TIMEOUT = 2.0
 RESULT_INTERVAL = 0.05
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """
-    What was seen of one published chain.
-
-    received, started: see `Observation`; both are about the current step. last_sign: when there was a sign of it.
-    """
-
-    states: tuple[TaskState, TaskState] = (TaskState(), TaskState())
-    received: bool = False
-    started: bool = False
-    last_sign: Deadline = field(default_factory=lambda: Deadline(0))
-
-    @property
-    def migrated(self) -> bool:
-        return self.states[0].status == "SUCCESS"
-
-    def updated(self, states: tuple[TaskState, TaskState]) -> _Progress:
-        """The progress after these states were read."""
-        alive = any(state.alive for state in states)
-        last_sign = Deadline(0) if alive or states != self.states else self.last_sign
-        migrated = states[0].status == "SUCCESS"
-        # The warm is a message of its own, and the worker that migrated may be gone.
-        next_step = migrated and not self.migrated
-        current = states[migrated]
-        started = (self.started and not next_step) or current.started
-        received = (self.received and not next_step) or started or current.alive
-        return _Progress(states, received, started, last_sign)
-
-    def with_sign(self) -> _Progress:
-        """The progress after a sign of the chain."""
-        return replace(self, last_sign=Deadline(0))
-
-
 class Observer:
     """
-    Gathers an `Observation` for one init. Never raises because a server is unreachable; raises CertificateError.
+    Publishes the chains of one init, and gathers an `Observation` after the other.
 
-    queue: where the chain is published. own_worker: init has started the only worker, so a queue without a consumer
-    means nothing. known: the readiness that was just read, None if it could not be read. away: is filled with the
-    servers that could not be asked the last time, and the reason.
+    A server that fails raises nothing, but for a CertificateError; see `ServerErrors`. readiness: the last that was
+    read; None after a chain was published, and if it could not be read. chain: the last that was published.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        tree: Tree,
-        queue: str,
-        deadline: Deadline,
-        *,
-        own_worker: bool,
-        known: Readiness | None,
-        away: dict[str, BootstrapError],
-    ) -> None:
-        self._settings = settings
+    def __init__(self, run: Run, tree: Tree, queue: str, known: Readiness | None) -> None:
+        self._run = run
         self._tree = tree
-        self._queue = queue
-        self._deadline = deadline
-        self._own_worker = own_worker
-        self.away = away
+        self.queue = queue
         self.readiness = known
-        self._readiness_due = Deadline(READINESS_INTERVAL if known else 0)
+        self.chain: ChainRecord | None = None
         #: The readiness before our first chain. A marker that is not in it was left by a warm that ran since.
         self._before: Readiness | None = None
-        self._sent: SentChain | None = None
-        self._sent_at = Deadline(0)
-        self._progress = _Progress()
         self._lock_holder = ""
         self._queue_state = QueueState(None, None)
+        self._readiness_due = Deadline(READINESS_INTERVAL if known else 0)
         self._servers_due = Deadline(0)
-        self._rejected_since: dict[str, Deadline] = {}
 
-    @property
-    def missing(self) -> str:
-        """The unreachable servers, in words; nothing has failed yet."""
-        reasons = {str(error.args[0] if isinstance(error, WarmError) else error) for error in self.away.values()}
-        return "; ".join(sorted(reasons))
-
-    @property
-    def results(self) -> tuple[TaskState, TaskState]:
-        """The states of both tasks."""
-        return self._progress.states
-
-    def send(self, send: Callable[[], SentChain]) -> bool:
-        """Publish a chain and follow it from now on. False if a server did not accept it."""
-        return self._ask(SENDING, lambda: self._follow(send()))
-
-    def _follow(self, sent: SentChain) -> None:
+    def publish(self) -> bool:
+        """Publish a chain and follow it from now on. Whether the servers accepted it."""
+        published = self._run.server_errors.attempt(PUBLISHING, self._publish)
+        if published is None:
+            return False
+        ids = (published.migrate_id or "left out", published.warm_id)
+        logger.info("chain enqueued on %s: migrate %s, warm %s", self.queue, *ids)
+        self.chain = published
         self._before = self._before or self.readiness
         self.readiness = None
-        self._sent = sent
-        self._sent_at = Deadline(0)
-        self._progress = _Progress()
+        return True
+
+    def _publish(self) -> ChainRecord:
+        run = self._run
+        lock_timeout = run.settings.migration_lock_timeout
+        with redis_server.connect(run.settings.redis, answer_timeout=PROBE_TIMEOUT) as client:
+            # A failed publish may still have reached the broker. A duplicate chain is harmless.
+            return chain.publish(client, self.queue, run.request, run.deadline, lock_timeout=lock_timeout)
 
     def await_results(self) -> None:
         """
@@ -135,112 +84,96 @@ class Observer:
         A chain that still waits in the queue, because another chain did the work, is not waited for.
         """
         timeout = Deadline(RESULT_TIMEOUT)
-        started = self._progress.started or self._progress.migrated
-        while started and self.results[1].status in ("PENDING", "STARTED") and not timeout.passed:
+        while self.chain and (self.chain.migrated or self.chain.stage is Stage.STARTED) and not timeout.passed:
+            if self.chain.warm.status not in ("PENDING", "STARTED"):
+                return
             timeout.sleep(RESULT_INTERVAL)
-            self._ask("the task states", self._read_task_states)
+            self._run.server_errors.attempt("the task states", self._read_chain)
 
     def observe(self, losses: int) -> Observation:
         """Read the task states; read all the rest if it is due, or if the warm has just succeeded."""
-        before = self.results
-        self._ask("the task states", self._read_task_states)
-        warmed = self.results != before and self.results[1].status == "SUCCESS"
-        if warmed or self._servers_due.passed:
-            self._ask("schema and cache", self._read_readiness)
-            self._ask("the migration lock", self._read_lock_holder)
-            self._ask("the queue", self._read_queue)
-            self._servers_due = Deadline(UNREACHABLE_INTERVAL if self.away else READINESS_INTERVAL)
-        unreachable = bool(self.away.keys() - {SENDING})
-        if unreachable:
+        attempt = self._run.server_errors.attempt
+        failing = self._run.server_errors.current
+        warmed_before = self._warmed
+        attempt("the task states", self._read_chain)
+        if (self._warmed and not warmed_before) or self._servers_due.passed:
+            attempt("schema and cache", self._read_readiness)
+            attempt("the migration lock", self._read_lock_holder)
+            attempt("the queue", self._read_queue)
+            self._servers_due = Deadline(UNREACHABLE_INTERVAL if failing else READINESS_INTERVAL)
+        away = str(self._run.server_errors) if failing.keys() - {PUBLISHING} else ""
+        if self.chain and away:
             # While a server is unreachable, missing signs prove nothing.
-            self._progress = self._progress.with_sign()
-        return self._observation(losses, self.missing if unreachable else "")
-
-    def _observation(self, losses: int, away: str) -> Observation:
+            self.chain = self.chain.with_sign()
         found = self.readiness
-        # Until our first task has run, entries that only need another time to live count as work.
-        ready = found is not None and (found.ready if self._sent else found.nothing_to_do)
-        migrate, warm = self.results
         return Observation(
-            ready=ready,
+            ready=self._is_ready(),
             behind=found is not None and not found.schema.ready,
             refusal=self._refusal(),
             away=away,
-            published=self._sent is not None,
-            migrate=migrate,
-            warm=warm,
-            silent_for=self._progress.last_sign.elapsed,
-            age=self._sent_at.elapsed,
-            received=self._progress.received,
-            started=self._progress.started,
+            chain=self.chain,
             losses=losses,
             lock_holder=self._lock_holder,
             queued=self._queue_state.messages,
-            consumers=None if self._own_worker else self._queue_state.consumers,
+            consumers=None if self._run.own_worker else self._queue_state.consumers,
         )
 
-    def _ask(self, what: str, read: Callable[[], None]) -> bool:
-        """
-        Whether the server answered. The reason goes into `away` otherwise.
+    @property
+    def _warmed(self) -> bool:
+        """Whether the warm of our chain has succeeded."""
+        return self.chain is not None and self.chain.warmed
 
-        A rejection may pass, and so may Redis refusing a write (out of memory, for example).
-        """
-        try:
-            read()
-        except CertificateError:
-            raise
-        except UnavailableError as error:
-            self.away[what] = error
-            self._rejected_since.pop(what, None)
+    def _is_ready(self) -> bool:
+        found = self.readiness
+        if found is None:
             return False
-        except (RefusedError, WarmError) as error:
-            self.away[what] = error
-            self._rejected_since.setdefault(what, Deadline(REJECTION_TIMEOUT))
-            return False
-        self.away.pop(what, None)
-        self._rejected_since.pop(what, None)
-        return True
+        if not self._run.request.migrate:
+            # A re-warm was requested: do it although the cache was ready before.
+            return found.ready and self._warmed
+        # Until our first task has run, entries that only need another time to live count as work.
+        return found.ready if self.chain else found.nothing_to_do
 
     def _refusal(self) -> BootstrapError | None:
         """Why waiting cannot help: no migration leads to the head of this tree, or a server keeps rejecting us."""
-        if self.readiness and (refusal := self.readiness.schema.refusal()):
-            return refusal
-        return next((self.away[what] for what, timeout in self._rejected_since.items() if timeout.passed), None)
+        refusal = self._run.request.refusal(self.readiness) if self.readiness else None
+        return refusal or self._run.server_errors.final
 
-    def _read_task_states(self) -> None:
-        if self._sent is None:
+    def _read_chain(self) -> None:
+        if self.chain is None:
             return
-        with redis_server.connect(self._settings.redis, answer_timeout=PROBE_TIMEOUT) as client:
+        self.chain = replace(self.chain, seen_at=time.monotonic())
+        with redis_server.connect(self._run.settings.redis, answer_timeout=PROBE_TIMEOUT) as client:
             # Read first: a Redis that refuses writes still reports the states.
-            self._progress = self._progress.updated(chain.states(client, self._sent))
-            chain.keep_chain_alive(client, self._sent, self._deadline, self._settings.migration_lock_timeout)
+            self.chain = chain.read(client, self.chain)
+            lock_timeout = self._run.settings.migration_lock_timeout
+            chain.keep_chain_alive(client, self.chain, self._run.deadline, lock_timeout)
 
     def _read_readiness(self) -> None:
-        if self._sent is None and not self._readiness_due.passed:
+        if self.chain is None and not self._readiness_due.passed:
             return
         # While our chain is in flight, a comparison costs as much as its warm and says nothing new.
-        compare = self._sent is None or self.results[1].status == "SUCCESS"
+        compare = self.chain is None or self.chain.warmed
         self.readiness = readiness.read_readiness(
-            self._settings,
+            self._run.settings,
             self._tree,
             since=self._before.marker if self._before else None,
             marker_suffices=self._before is not None,
-            compare=readiness.compare_timeout(self._deadline) if compare else 0,
+            compare=readiness.compare_timeout(self._run.deadline) if compare else 0,
             await_open=True,
         )
-        if self._sent and self.readiness.obstacle:
+        if self.chain and self.readiness.obstacle:
             # This error does not mean that the warm was lost.
             raise WarmError(self.readiness.obstacle)
 
     def _read_lock_holder(self) -> None:
-        with postgres.connect(self._settings.database, "init", answer_timeout=PROBE_TIMEOUT) as connection:
+        with postgres.connect(self._run.settings.database, "init", answer_timeout=PROBE_TIMEOUT) as connection:
             self._lock_holder = str(lock.holder(connection) or "")
 
     def _read_queue(self) -> None:
+        waiting = self.chain if self.chain and self.chain.stage is Stage.PUBLISHED else None
         # A worker of ours that does not start may lack connections to the broker; only its log says so.
-        age = self._sent_at.elapsed
-        late = self._own_worker and self._sent is not None and not self._progress.received and age > WORKER_START
-        self._queue_state = broker.queue_state(self._queue, room_for=WORKER_CONNECTIONS if late else 0)
-        # A chain that a worker has received is none of those that wait.
-        if self._queue_state.messages and not self._progress.received:
-            self._progress = self._progress.with_sign()
+        late = self._run.own_worker and waiting is not None and waiting.age > WORKER_START
+        self._queue_state = broker.queue_state(self.queue, room_for=WORKER_CONNECTIONS if late else 0)
+        # A chain that a worker has received is none of those in the queue.
+        if waiting and self._queue_state.messages:
+            self.chain = waiting.with_sign()

@@ -48,13 +48,14 @@ SEND = """
 import json, sys
 from bifrost_bootstrap import settings
 from bifrost_bootstrap.init import chain
+from bifrost_bootstrap.init.run import Request
 from bifrost_bootstrap.servers import redis_server
 from bifrost_bootstrap.celery import app
 from bifrost_bootstrap.deadline import Deadline
 configured = settings.load(("redis",))
 with redis_server.connect(configured.redis) as client:
-    sent = chain.send(client, sys.argv[1], Deadline(33.5), lock_timeout=5)
-print(json.dumps({"migrate": sent.migrate, "warm": sent.warm}))
+    sent = chain.publish(client, sys.argv[1], Request(), Deadline(33.5), lock_timeout=5)
+print(json.dumps({"migrate": sent.migrate_id, "warm": sent.warm_id}))
 """
 
 

@@ -60,8 +60,8 @@ SERVERS = ("postgres", "redis", "rabbitmq")
 LESS_PATIENT = """
 import sys
 from bifrost_bootstrap.cli import commands as cli
-from bifrost_bootstrap.init import observer
-observer.REJECTION_TIMEOUT = 2.0
+from bifrost_bootstrap import deadline
+deadline.REJECTION_TIMEOUT = 2.0
 sys.exit(cli.run(["init", "--timeout", "3m"]))
 """
 
