@@ -1,4 +1,4 @@
-"""The broker, asked directly: who consumes a queue, whether it takes messages, and whether we may declare ours."""
+"""Direct questions to the broker: who consumes a queue, does it accept messages, may we declare our queues."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from bifrost_bootstrap.celery import add_queue, app
 from bifrost_bootstrap.migrate.tree import QUEUE
 from bifrost_bootstrap.redaction import masked
 
-#: Routing key of a message that no queue is to get.
+#: Routing key of a message that goes to no queue.
 PROBE = f"{QUEUE}.nobody"
-#: What a broker says that does not take a message: nothing, in the library's words.
+#: RabbitMQ gives no reason when it does not confirm a message.
 _NACKED = (
     "it did not take the message; look for a policy with max-length and reject-publish, and for nodes that are down"
 )
-#: Reply codes by which RabbitMQ refuses a right, a login or a virtual host (the last two also stand for a limit that is
-#: reached, which passes), and a queue that was declared with other arguments.
-_REFUSALS = {403: errors.RefusedError, 530: errors.RefusedError, 406: errors.DeclaredOtherwiseError}
+#: RabbitMQ's reply codes for a missing right, for a login or virtual host, and for a queue declared with other
+#: arguments. 403 and 530 also stand for a limit that is reached, which may pass.
+_REJECTIONS = {403: errors.RefusedError, 530: errors.RefusedError, 406: errors.DeclaredOtherwiseError}
 
 
 @dataclass(frozen=True)
 class QueueState:
-    """Messages that wait and workers that consume; None where the transport does not tell."""
+    """Messages that wait in a queue, and workers that consume it; None if the transport does not report them."""
 
     messages: int | None
     consumers: int | None
 
 
 def display_name() -> str:
-    """The broker in words, without user and password; of several nodes, all."""
-    nodes = [Connection(url) for url in app.connection_for_write().alt] or [app.connection_for_write()]
+    """The broker for messages and logs: all of its nodes, without user and password."""
+    connection = app.connection_for_write()
+    nodes = [Connection(url) for url in connection.alt] or [connection]
     addresses = ",".join(f"{node.hostname}:{node.port or 5672}" for node in nodes)
     return f"RabbitMQ {addresses}/{(nodes[0].virtual_host or '/').lstrip('/')}"
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise what the broker says in the block as UnavailableError, RefusedError or CertificateError."""
+    """Raise errors of the broker in the block as UnavailableError, RefusedError or CertificateError."""
     try:
         yield
     except Exception as error:
         connection = app.connection_for_write()
         known = (*connection.connection_errors, *connection.channel_errors, RuntimeError)
-        # Redis is asked inside of such a block too, and has words of its own.
+        # Errors of Redis, which such a block may use too, are translated already.
         if not isinstance(error, known) and not type(error).__module__.startswith(("amqp.", "kombu.")):
             raise
         cause = error.__cause__ if isinstance(error, OperationalError) else None
@@ -65,36 +66,36 @@ def _as_ours(error: BaseException) -> errors.BootstrapError:
         return errors.CertificateError(server, text)
     if isinstance(error, FileNotFoundError):
         return errors.CertificateError(server, errors.NO_TLS_FILE)
-    refusal = _REFUSALS.get(getattr(error, "code", None) or 0)
-    if refusal and "limit" not in text:
-        return refusal(server, text)
+    rejection = _REJECTIONS.get(getattr(error, "code", None) or 0)
+    if rejection and "limit" not in text:
+        return rejection(server, text)
     return errors.UnavailableError(server, text)
 
 
 @contextmanager
 def connected() -> Iterator[Connection]:
-    """A connection to the first node that answers, each tried once; the next ones begin there."""
+    """A connection to the first node that answers. Each node is tried once; the next call begins with this one."""
     with app.connection_for_write() as connection:
         connection.ensure_connection(max_retries=max(0, len(connection.alt) - 1), interval_start=0, interval_step=0)
-        _begin_at_node_of(connection)
+        _prefer_node_of(connection)
         yield connection
 
 
-def _begin_at_node_of(connection: Connection) -> None:
-    """Let this process try this node first: a frozen one takes `broker_connection_timeout` each time."""
+def _prefer_node_of(connection: Connection) -> None:
+    """Let this process try this node first: a frozen node costs `broker_connection_timeout` each time."""
     nodes = {url: Connection(url) for url in connection.alt}
-    here = (connection.hostname, connection.port)
-    order = sorted(nodes, key=lambda url: (nodes[url].hostname, nodes[url].port) != here)
+    preferred = (connection.hostname, connection.port)
+    order = sorted(nodes, key=lambda url: (nodes[url].hostname, nodes[url].port) != preferred)
     if order != connection.alt:
         app.conf.broker_url = ";".join(order)
 
 
 def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> QueueState:
     """
-    Who consumes the queue. A queue that nobody declared has nobody.
+    Read the state of a queue; 0 messages and 0 consumers if nobody declared it.
 
-    publishing: the broker must take messages. room_for: so many more connections must be possible. Raises
-    UnavailableError, RefusedError.
+    publishing: also check that the broker accepts messages. room_for: also check that it accepts so many connections
+    more. Raises UnavailableError, RefusedError.
     """
     with translated(), ExitStack() as stack:
         connection = stack.enter_context(connected())
@@ -107,7 +108,7 @@ def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> Qu
         try:
             _, messages, consumers = connection.default_channel.queue_declare(queue, passive=True)
         except connection.channel_errors as error:
-            # Also said of a queue whose node is down, but not of ours: those are on several nodes.
+            # 404 also stands for a queue whose node is down. Ours are quorum queues, with copies on several nodes.
             if getattr(error, "code", None) == 404:
                 return QueueState(0, 0)
             raise
@@ -116,14 +117,14 @@ def queue_state(queue: str, *, publishing: bool = True, room_for: int = 0) -> Qu
 
 def _publish_to_nobody(connection: Any) -> None:
     """
-    Publish a message that no queue gets: a broker with an alarm says so only to who has published.
+    Publish a message that goes to no queue: only a client that publishes is told that the broker blocks publishers.
 
-    It takes the first message of each connection and answers nothing after that, so a client that goes on fills the
-    queue. Where it has an alarm, the next wait for an answer on this connection raises RuntimeError at once.
+    With an alarm (memory, disk), RabbitMQ accepts the first message of a connection and then answers nothing. A client
+    that tries again and again would fill the queue. Here, the next wait for an answer raises RuntimeError instead.
     """
 
     def on_blocked(_reason: str) -> None:
-        # Without a farewell, for which it would wait too.
+        # Closing the connection properly would wait for an answer.
         connection.connection.collect()
         raise RuntimeError("it blocks publishers (connection.blocked): it is low on memory or disk")
 
@@ -135,7 +136,7 @@ def _publish_to_nobody(connection: Any) -> None:
 
 
 def check_permissions(*queues: str) -> None:
-    """Declare what a worker of these queues needs, as it will itself. Raises UnavailableError, RefusedError."""
+    """Declare the same as a worker of these queues will. Raises UnavailableError, RefusedError."""
     with translated(), connected() as connection:
         app.control.mailbox.exchange(connection.default_channel).declare()
         for name in queues:

@@ -1,4 +1,8 @@
-"""What Celery lacks to outlive the loss of a RabbitMQ node, of one or of several."""
+"""
+What Celery lacks to survive the loss of a RabbitMQ node.
+
+The app uses `Control` (remote control) and `AMQP` (queues and messages) in place of Celery's classes of these names.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,17 @@ from kombu.exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for RabbitMQ's answer about a queue. It answers in milliseconds; to a deletion after the 5 that it gives the
-#: queue's leader.
+#: Seconds to wait for RabbitMQ's answer about a queue. It answers in milliseconds, but it gives the leader of a queue
+#: that is deleted 5 s.
 LEADER_TIMEOUT = 10.0
 
 
 class Mailbox(pidbox.Mailbox):  # type: ignore[misc]
     """
-    Remote control whose queue lives as long as the worker's connection.
+    Remote control with a new queue name for each connection of the worker.
 
-    Celery's has the name of the worker. A worker that comes back over another line finds the old one locked, or its
-    node gone, and ends.
+    Celery names this exclusive queue after the worker. A worker that reconnects would find the old queue locked, or its
+    node down, and would end.
     """
 
     def get_queue(self, hostname: str) -> Queue:
@@ -32,17 +36,17 @@ class Mailbox(pidbox.Mailbox):  # type: ignore[misc]
 
 
 class Control(control.Control):  # type: ignore[misc]
-    """Celery's, with our mailbox."""
+    """Celery's remote control, with our mailbox."""
 
     Mailbox = Mailbox
 
 
 class Producer(kombu.Producer):  # type: ignore[misc]
     """
-    Gives up the connection over which a message failed, and the node to which it cannot connect.
+    After a failure, closes the connection or tries the next node.
 
-    A channel of RabbitMQ goes on to refuse every message for a queue whose leader was lost (seen with 3.10), and a
-    frozen node answers none. Celery's own attempts to hand over to the next task stay on connection and node.
+    A channel of RabbitMQ keeps refusing messages for a queue whose leader was lost (seen with 3.10), and a frozen node
+    never answers. Celery's own retries, when a task hands over to the next one, use the same connection and node.
     """
 
     def _publish(self, *arguments: Any, **options: Any) -> Any:
@@ -59,11 +63,11 @@ class Producer(kombu.Producer):  # type: ignore[misc]
 
 class Consumer(kombu.Consumer):  # type: ignore[misc]
     """
-    Before it consumes, replaces each empty queue that a killed RabbitMQ has no leader for.
+    Before it consumes, replaces each empty queue that has lost its leader.
 
-    RabbitMQ 3.10 records after half a second that it leads a new quorum queue. If killed before, it comes back with
-    the queue, accepts no message for it and answers no consumer, for ever. Among several nodes, another one has it on
-    record.
+    RabbitMQ 3.10 takes half a second to record that it leads a new quorum queue. If it is killed before, it comes back
+    with the queue, but accepts no message for it and answers no consumer, forever. With several nodes, another node has
+    the record.
     """
 
     def consume(self, no_ack: bool | None = None) -> None:
@@ -75,9 +79,9 @@ class Consumer(kombu.Consumer):  # type: ignore[misc]
 
 
 def _delete_without_leader(worker_connection: kombu.Connection, queue: str) -> bool:
-    """Delete the queue if RabbitMQ reports it as empty, but does not answer a `basic.get` for it. Whether it did."""
+    """Delete the queue if RabbitMQ reports it as empty but does not answer a `basic.get`. Whether it was deleted."""
     options = {**worker_connection.transport_options, "read_timeout": LEADER_TIMEOUT}
-    # Without heartbeats: each of the broker's would count as an answer.
+    # No heartbeats: a heartbeat of the broker would count as an answer.
     with worker_connection.clone(heartbeat=0, transport_options=options) as connection:
         channel = connection.connect().channel()
         _, messages, consumers = channel.queue_declare(queue, passive=True)
@@ -98,7 +102,7 @@ def _delete_without_leader(worker_connection: kombu.Connection, queue: str) -> b
 
 
 class AMQP(amqp.AMQP):  # type: ignore[misc]
-    """Celery's, with our consumer and producer."""
+    """Celery's queues and messages, with our consumer and producer."""
 
     Consumer = Consumer
 

@@ -14,7 +14,7 @@ from celery import chain
 from bifrost_bootstrap import broker, errors
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
 from bifrost_bootstrap.deadline import Deadline
-from bifrost_bootstrap.init.chain_record import ChainRecord, Failure, TaskState, TransientFailure, WorkerLost
+from bifrost_bootstrap.init.decision import ChainRecord, Failure, TaskState, TransientFailure, WorkerLost
 from bifrost_bootstrap.init.run import Request
 from bifrost_bootstrap.progress import (
     CHAIN_HEADER,

@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from bifrost_bootstrap import errors
 from bifrost_bootstrap.deadline import LOG_INTERVAL, Deadline, DeadlineExceeded, Interval
-from bifrost_bootstrap.init.chain_record import Stage, TransientFailure
-from bifrost_bootstrap.init.decision import Decision, Enqueue, Fail, Observation, Succeed, Wait, decide
+from bifrost_bootstrap.init.decision import (
+    Decision,
+    Enqueue,
+    Fail,
+    Observation,
+    Stage,
+    Succeed,
+    TransientFailure,
+    Wait,
+    decide,
+)
 from bifrost_bootstrap.init.run import Request, Run
 from bifrost_bootstrap.migrate import tree_loading
 from bifrost_bootstrap.migrate.tree import Tree

@@ -11,8 +11,7 @@ from bifrost_bootstrap.broker import QueueState
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import BootstrapError, WarmError
 from bifrost_bootstrap.init import chain
-from bifrost_bootstrap.init.chain_record import ChainRecord, Stage
-from bifrost_bootstrap.init.decision import Observation
+from bifrost_bootstrap.init.decision import ChainRecord, Observation, Stage
 from bifrost_bootstrap.init.run import Run
 from bifrost_bootstrap.migrate import lock
 from bifrost_bootstrap.migrate.tree import Tree

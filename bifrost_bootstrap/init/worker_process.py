@@ -1,4 +1,4 @@
-"""The bootstrap worker of `init --with-worker`: a process of its own on a queue of its own."""
+"""The bootstrap worker of `init --with-worker`: a process of its own that consumes a queue of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import uuid
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Self
 
 from bifrost_bootstrap import settings as environment
@@ -16,15 +15,15 @@ from bifrost_bootstrap.errors import ExitCode, InternalError, OwnProcessError, S
 
 logger = logging.getLogger(__name__)
 
-#: Starts of the worker in one init; one that cannot start at all would be started for ever.
+#: How often one init starts the worker. A worker that never comes up would be started forever.
 MOST_STARTS = 5
 
 
 class WorkerProcess:
     """
-    A worker that lives as long as the block. `queue` is the one it consumes, alone.
+    A worker that lives as long as the block. `queue` is the only queue it consumes.
 
-    Its process ends with ours: it is killed at the end, and ends by itself when its stdin does.
+    The process is killed at the end of the block. If init dies before, its stdin closes and the worker ends itself.
     """
 
     def __init__(self, tree_queue: str, deadline: Deadline) -> None:
@@ -40,29 +39,33 @@ class WorkerProcess:
 
     def ensure_running(self) -> None:
         """
-        Start the worker, or start it again where it died.
+        Start the worker if it does not run.
 
-        Raises SettingsError where starting it again cannot help; after `MOST_STARTS` InternalError where it says that
-        it has a bug, else OwnProcessError.
+        Raises SettingsError if its configuration is wrong. After `MOST_STARTS` starts, raises InternalError if the
+        worker reported a bug, else OwnProcessError.
         """
-        if self._process and self._process.poll() is None:
-            return
         if self._process:
-            self._judge(self._process.returncode)
+            code = self._process.poll()
+            if code is None:
+                return
+            self._check_exit(code)
             self._process.communicate()
         self._starts += 1
         variables = environment.child_environment(
-            BIFROST_RUN_QUEUE=self.queue, TMPDIR=self._folder.name,
-            # It waits for its servers no longer than we do.
+            BIFROST_RUN_QUEUE=self.queue,
+            TMPDIR=self._folder.name,
+            # The worker waits for its servers no longer than init does.
             BIFROST_INIT_TIMEOUT=f"{self._deadline.remaining:.0f}s",
-        )  # fmt: skip
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bifrost_bootstrap", "worker"],
-            env=variables, stdin=subprocess.PIPE, stdout=sys.stderr,
-        )  # fmt: skip
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+        )
 
-    def _judge(self, code: int) -> None:
-        """Whether another start may help."""
+    def _check_exit(self, code: int) -> None:
+        """Raise if the worker ended with a code after which another start cannot help."""
         if code == ExitCode.CONFIGURATION:
             raise SettingsError([f"the worker ended with code {ExitCode.CONFIGURATION}; the lines above it say why"])
         if self._starts >= MOST_STARTS:
@@ -72,12 +75,10 @@ class WorkerProcess:
             raise OwnProcessError("the worker of this init", f"it {ended}")
         logger.warning("the worker ended with code %s; starting another", code)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         assert self._process
-        # Nobody else consumes its queue and what it did is stored: a clean stop would only take 2 s longer.
+        # A clean stop would take 2 s longer and gain nothing: no other init uses the queue, and all results are stored.
         self._process.kill()
         self._process.communicate()
-        # Killed, it leaves the shared memory of its pool.
+        # A killed worker leaves the shared memory of its pool here.
         self._folder.cleanup()

@@ -1,7 +1,7 @@
 """
-What makes Celery's worker ours: which queues it consumes, when it acknowledges, and its heartbeat.
+The bootstrap worker: Celery's worker with our queues, acknowledgement, heartbeats and health file.
 
-Loaded by every worker of the app (`imports` in `celeryconfig.py`), also by the stock `celery worker` command.
+Every worker of the app loads this module (`imports` in `celeryconfig.py`), also the stock `celery worker`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,10 @@ from bifrost_bootstrap.worker.cache_monitor import ANY_WORKER_BUSY, CacheMonitor
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that one heartbeat may block the worker's loop when Redis is silent.
+#: Seconds that one heartbeat may block the worker's loop if Redis does not answer.
 BEAT_TIMEOUT = 1.0
-
-
-#: Steps that require the pool start after it and stop before it. Without this, the order would depend on Python's
-#: hashes: a worker that stops would go on with heartbeats in one run and not in another.
+#: Boot steps that require these start after the pool and stop before it. Otherwise Python's hashes would decide the
+#: order: a worker that stops would send heartbeats in one run and none in the next.
 AFTER_POOL = ("celery.worker.components:Timer", "celery.worker.components:Pool")
 
 
@@ -52,32 +50,32 @@ class AcknowledgedOnReceipt(Request):  # type: ignore[misc]
     """
     Acknowledges a message when it arrives, not when its task starts.
 
-    A message that waits unacknowledged behind a long migration would run into the broker's consumer timeout,
-    which ends the worker. What is lost with a worker is enqueued again by the init that waits for it.
+    A message that waits unacknowledged behind a long migration would run into RabbitMQ's consumer timeout, which closes
+    the worker's channel. If a worker dies with a message, the init that waits for it publishes the chain again.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        # Told to stop since the loop last looked: unacknowledged, the message goes to another worker.
+        # If the worker is shutting down, this leaves the message unacknowledged: RabbitMQ redelivers it.
         state.maybe_shutdown()
         try:
             super().__init__(*arguments, **options)
         except ValueError as error:
-            # Celery would end the worker for it.
+            # A ValueError would end the worker. Celery rejects the message after an InvalidTaskError.
             raise InvalidTaskError(f"its body is no task's: {error}") from error
         self.acknowledge()
 
 
 @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
-def configure_logging(**_facts: Any) -> None:
-    """Our log set-up in place of Celery's, also under the stock command."""
+def configure_logging(**_signal: Any) -> None:
+    """Set up our logging in place of Celery's, also under the stock `celery worker`."""
     settings = environment.load()
     logs.configure(settings.log_format, settings.log_level)
 
 
 @celeryd_after_setup.connect(weak=False)  # type: ignore[untyped-decorator]
-def choose_queues(**_facts: Any) -> None:
-    """Consume the calls by hand and the queue of our tree; the worker of one run consumes that run's queue alone."""
-    # Told at every reconnect, about late acknowledgement, which we do not use.
+def choose_queues(**_signal: Any) -> None:
+    """Consume calls by hand and the chains of our tree; the worker of one init consumes only the queue of that init."""
+    # Celery warns at every reconnect about late acknowledgement, which we do not use.
     warnings.simplefilter("ignore", CPendingDeprecationWarning)
     try:
         settings = environment.load(needs=("database", "redis", "rabbitmq"))
@@ -85,12 +83,12 @@ def choose_queues(**_facts: Any) -> None:
     except BootstrapError as error:
         logger.error("%s", error)
         raise SystemExit(int(error.exit_code)) from None
-    own = add_queue(chain_queue(settings, tree))
+    queue = add_queue(chain_queue(settings, tree))
     if settings.run_queue:
-        app.amqp.queues.select([own.name])
+        app.amqp.queues.select([queue.name])
     else:
-        app.amqp.queues.select_add(own)
-    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.alembic.config, tree.why, own.name)
+        app.amqp.queues.select_add(queue)
+    logger.info("bootstrap worker of tree %s (%s), queue %s", tree.alembic.config, tree.why, queue.name)
 
 
 def chain_queue(settings: Settings, tree: Tree) -> str:
@@ -113,30 +111,30 @@ def wait_for_broker(settings: Settings, tree: Tree) -> None:
 
 
 class Consumer(consumer.Consumer):  # type: ignore[misc]
-    """Celery's, without its 28 queues for tasks with a countdown, which it makes where it finds a quorum queue."""
+    """Celery's consumer, without the 28 queues for delayed tasks that Celery declares beside a quorum queue."""
 
     class Blueprint(consumer.Consumer.Blueprint):  # type: ignore[misc]
-        """Such a task waits in the worker, as always over a direct exchange."""
+        """A task with a countdown waits in the worker, as it does with a classic queue."""
 
         default_steps = frozenset(
             step for step in consumer.Consumer.Blueprint.default_steps if "delayed_delivery" not in step
         )
 
 
-#: Set while the worker has a connection to the broker: then its loop comes round, or it hangs.
+#: Set while the worker is connected to the broker. Then its loop must come round, or it hangs.
 _connected = threading.Event()
 
 
 @functools.cache
 def start_health_file(health_file: Path | None) -> None:
     """
-    From now on touch the file, if there is one, while there is no connection to the broker; else the loop touches it.
+    From now on a thread touches the file while the worker has no connection to the broker. Does nothing without a file.
 
-    A worker that waits for its broker does nothing else, and to start it again would not help; one whose loop hangs
-    lets the file grow old.
+    While the worker is connected, `Heartbeat` touches it: if the worker's loop hangs, the file grows old. A worker that
+    only waits for its broker must not be restarted.
     """
 
-    def touch_while_waiting(health_file: Path) -> None:
+    def touch_while_disconnected(health_file: Path) -> None:
         pause = threading.Event()
         while not pause.wait(BEAT):
             if not _connected.is_set():
@@ -144,7 +142,7 @@ def start_health_file(health_file: Path | None) -> None:
 
     if health_file:
         _touch(health_file)
-        threading.Thread(target=touch_while_waiting, args=(health_file,), name="life", daemon=True).start()
+        threading.Thread(target=touch_while_disconnected, args=(health_file,), name="health", daemon=True).start()
 
 
 def _touch(health_file: Path) -> None:
@@ -155,7 +153,7 @@ def _touch(health_file: Path) -> None:
 
 
 class Connected(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Of the consumer: begins and ends with each connection to the broker."""
+    """A boot step of the consumer: it starts and stops with each connection to the broker."""
 
     requires = ("celery.worker.consumer.connection:Connection",)
 
@@ -167,7 +165,7 @@ class Connected(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class Timed(bootsteps.StartStopStep):  # type: ignore[misc]
-    """What a worker does now and then; `timer` ends with it."""
+    """A boot step of the worker that does something every few seconds, until it stops. timer: set by `start`."""
 
     requires = AFTER_POOL
     timer: Any = None
@@ -179,12 +177,13 @@ class Timed(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class Heartbeat(Timed):
-    """Every two seconds: send heartbeats for the tasks that this worker has, and touch the health file."""
+    """Every `BEAT` seconds, send heartbeats for the tasks that this worker has, and touch the health file."""
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self.settings: Settings = environment.load(needs=("redis",))
-        start_health_file(self.settings.worker_health_file)  # also under the stock command
+        # The stock `celery worker` has not started it yet.
+        start_health_file(self.settings.worker_health_file)
 
     def start(self, worker: Any) -> None:
         self.timer = worker.timer.call_repeatedly(BEAT, self.beat)
@@ -192,12 +191,12 @@ class Heartbeat(Timed):
     def beat(self) -> None:
         if file := self.settings.worker_health_file:
             _touch(file)
-        held = {request.id for request in (*state.reserved_requests, *state.active_requests)}
-        if not held:
+        task_ids = {request.id for request in (*state.reserved_requests, *state.active_requests)}
+        if not task_ids:
             return
         try:
             with redis_server.connect(self.settings.redis, answer_timeout=BEAT_TIMEOUT) as client:
-                _send_heartbeats(client, {*held, ANY_WORKER_BUSY})
+                _send_heartbeats(client, {*task_ids, ANY_WORKER_BUSY})
         except BootstrapError as error:
             logger.debug("heartbeat: %s", error)
 
@@ -210,7 +209,7 @@ def _send_heartbeats(client: redis.Redis, task_ids: set[str]) -> None:
 
 
 class CacheMonitorStep(Timed):
-    """Has the guard look at the module cache now and then; not in the worker of one run, which ends with it."""
+    """Runs the cache monitor now and then. Not in the worker of one init, which ends with that init."""
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
@@ -236,24 +235,24 @@ app.steps["consumer"].add(Connected)
 
 
 def run(settings: Settings) -> int:
-    """Run a worker until it is told to stop; return Celery's exit code, 0 where it ended as it was told."""
-    # Celery warns root because of pickled messages; ours are JSON, and any other is refused.
+    """Run a worker until a signal stops it. Returns Celery's exit code: 0 after a clean stop."""
+    # Celery warns a worker that runs as root of pickled messages. We accept JSON only.
     warnings.simplefilter("ignore", SecurityWarning)
     if settings.run_queue:
         _exit_when_parent_exits()
-    # The node name tells replicas on one host apart; mingle and gossip would cost a second and serve nothing.
+    # The process id makes the node name unique among replicas on one host. Mingle and gossip would cost a second.
     name = f"bootstrap-{os.getpid()}@%h"
     options = ["--hostname", name, "--without-mingle", "--without-gossip", "--loglevel", settings.log_level]
-    # Not app.worker_main, which drops the exit code.
+    # app.worker_main would drop the exit code.
     arguments = ["--app", "bifrost_bootstrap", "--quiet", "worker", *options]
     return int(celery_command.main(args=arguments, prog_name="celery", standalone_mode=False) or 0)
 
 
 def _exit_when_parent_exits() -> None:
-    """The worker of one init ends when that init does, however it ends: their pipe closes."""
+    """End this worker when the init that started it ends, even if it was killed: the pipe to stdin closes."""
 
     def wait() -> None:
-        # Not sys.stdin: a pool process forked meanwhile would inherit its lock, taken.
+        # sys.stdin has a lock: a pool process that is forked during the read would inherit it locked.
         while os.read(0, 4096):
             pass
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,9 +1,10 @@
-"""The two tasks, thin: settings, deadline and progress for a step, its result as JSON."""
+"""The two tasks. Each gives its step settings, a deadline and a progress report, and returns its result as JSON."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -24,9 +25,11 @@ from bifrost_bootstrap.warm.step import warm as warm_step
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two writes of the progress, and how long the last one stays to be read.
-PROGRESS_PAUSE, PROGRESS_TTL = 0.3, 60
-#: Seconds that one write may take; Redis may be away, and the step must go on.
+#: Seconds between two writes of the progress: a terminal needs no more.
+PROGRESS_INTERVAL = 0.3
+#: Seconds that the last progress of a task stays in Redis.
+PROGRESS_TTL = 60
+#: Seconds that one write may take. Redis may be unreachable, and the step must go on.
 PROGRESS_TIMEOUT = 2.0
 
 
@@ -34,17 +37,17 @@ class BootstrapTask(Task):  # type: ignore[misc]
     """What both tasks have in common."""
 
     Request = "bifrost_bootstrap.worker.program:AcknowledgedOnReceipt"
-    #: Logged with their own words, not as a crash with a traceback.
+    #: Celery logs these with their message only, other exceptions with a traceback.
     throws = (BootstrapError,)
 
     @contextmanager
     def step(self) -> Iterator[tuple[Settings, Deadline, progress.Report]]:
-        """What a step needs. Every error leaves as one of ours, so that it can be read from the result."""
+        """What a step needs. Every error leaves as a BootstrapError, which init can read from the result."""
         headers = self.request.headers or {}
         try:
             settings = environment.load(needs=("database", "redis"))
             deadline = _deadline(settings, headers.get(progress.CHAIN_HEADER), self.request.id)
-            with _publishing(settings, self.request.id) as report:
+            with _progress_reporter(settings, self.request.id) as report:
                 yield settings, deadline, report
         except BootstrapError as error:
             logger.error("%s: %s", self.name, error)
@@ -72,9 +75,9 @@ def warm_module_cache(self: BootstrapTask, full: bool = False, allow_shrink: boo
 
 def _deadline(settings: Settings, chain: str | None, task_id: str) -> Deadline:
     """
-    What the init that waits for this chain has left; without one, that of a call by hand.
+    The time that the waiting init has left; for a call by hand (no chain), BIFROST_INIT_TIMEOUT.
 
-    Raises UnwantedError for the first task of a chain that no init waits for any more; what has begun goes on.
+    Raises UnwantedError for the first task of a chain that no init waits for any more. A chain that has begun goes on.
     """
     if not chain:
         return Deadline(settings.init_timeout)
@@ -86,36 +89,37 @@ def _deadline(settings: Settings, chain: str | None, task_id: str) -> Deadline:
 
 
 @contextmanager
-def _publishing(settings: Settings, task_id: str) -> Iterator[progress.Report]:
+def _progress_reporter(settings: Settings, task_id: str) -> Iterator[progress.Report]:
     """
-    Writes the newest progress, and that this task lives, from a thread of its own: a step never waits for Redis.
+    A report for one task. A thread writes the newest progress and the task's heartbeat: a step never waits for Redis.
 
-    Not the worker's main process alone: that does not beat while it connects to a broker that is away, nor while
-    it shuts down.
+    The worker's main process sends heartbeats too, but none while it reconnects to the broker or shuts down.
     """
-    newest: list[progress.Progress] = []
+    # Its length is 1: the step's thread appends, and older progress falls out.
+    newest: deque[progress.Progress] = deque(maxlen=1)
     ended = Event()
 
-    def publish() -> None:
+    def write_until_ended() -> None:
         written: progress.Progress | None = None
-        beat = Deadline(0)
-        while not ended.wait(PROGRESS_PAUSE):
+        heartbeat_due = Deadline(0)
+        while not ended.wait(PROGRESS_INTERVAL):
             latest = newest[0] if newest else None
-            if latest == written and not beat.passed:
+            if latest == written and not heartbeat_due.passed:
                 continue
             try:
                 with redis_server.connect(settings.redis, answer_timeout=PROGRESS_TIMEOUT) as client:
                     if latest and latest != written:
                         client.set(progress.progress_key(task_id), json.dumps(latest.to_dict()), ex=PROGRESS_TTL)
                     client.set(progress.heartbeat_key(task_id), b"1", ex=progress.HEARTBEAT_TTL)
-                written, beat = latest, Deadline(progress.BEAT)
+                written = latest
+                heartbeat_due = Deadline(progress.BEAT)
             except BootstrapError as error:
                 logger.debug("progress was not written: %s", error)
 
-    thread = Thread(target=publish, name="progress", daemon=True)
+    thread = Thread(target=write_until_ended, name="progress", daemon=True)
     thread.start()
     try:
-        yield lambda latest: newest.__setitem__(slice(None), [latest])
+        yield newest.append
     finally:
         ended.set()
         thread.join(PROGRESS_TIMEOUT)

@@ -15,17 +15,21 @@ from bifrost_bootstrap.errors import (
     WarmError,
     WarmGivenUpError,
 )
-from bifrost_bootstrap.init.chain_record import ChainRecord, Stage, TaskState, TransientFailure, WorkerLost
 from bifrost_bootstrap.init.decision import (
     MAX_ATTEMPTS,
     RETRY_PAUSE,
     SILENCE,
+    ChainRecord,
     Decision,
     Enqueue,
     Fail,
     Observation,
+    Stage,
     Succeed,
+    TaskState,
+    TransientFailure,
     Wait,
+    WorkerLost,
     decide,
 )
 from bifrost_bootstrap.progress import MESSAGE_TTL, Progress
