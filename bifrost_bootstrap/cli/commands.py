@@ -22,7 +22,7 @@ from bifrost_bootstrap.cli.report import Outcome
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import ExitCode, OwnProcessError, UsageError
 from bifrost_bootstrap.progress import Report
-from bifrost_bootstrap.settings import Need, Settings, duration
+from bifrost_bootstrap.settings import Need, Settings
 
 logger = logging.getLogger("bifrost_bootstrap")
 
@@ -34,16 +34,12 @@ def run(arguments: list[str]) -> int:
     return run_command_line(main, arguments)
 
 
-class DurationType(click.ParamType[float]):
-    """`90s`, `5m`; seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            return duration(value)
-        except ValueError as error:
-            self.fail(f"{value!r} {error}", param, ctx)
+def duration(value: str) -> float:
+    """Seconds, from `90s` or `5m`. `--help` shows the name of this function in capitals."""
+    try:
+        return environment.duration(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
 
 
 #: Exit codes that any command may end in.
@@ -87,7 +83,7 @@ def _command(
 
 _timeout_option = click.option(
     "--timeout",
-    type=DurationType(),
+    type=duration,
     help="Deadline of the whole, such as 90s or 5m.  [default: BIFROST_INIT_TIMEOUT, 10m]",
 )
 _allow_shrink_option = click.option(
@@ -137,7 +133,7 @@ def rewarm(timeout: float | None, full: bool, allow_shrink: bool) -> Outcome:
 
 
 @_command(1, 3, 69)
-@click.option("--wait", type=DurationType(), help="Wait up to this long until everything is ready.")
+@click.option("--wait", type=duration, help="Wait up to this long until everything is ready.")
 def check(wait: float | None) -> Outcome:
     """Say whether schema and cache are ready (0) or not (3). Changes nothing, needs no RabbitMQ.
 

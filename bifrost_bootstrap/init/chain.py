@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from dataclasses import replace
 from typing import Any
 
 import redis
 from celery import chain
 
-from bifrost_bootstrap import broker, errors
+from bifrost_bootstrap import broker, errors, progress
 from bifrost_bootstrap.celery import MIGRATE, WARM, add_queue, app
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.init.decision import ChainRecord, Failure, TaskState, TransientFailure, WorkerLost
 from bifrost_bootstrap.init.run import Request
-from bifrost_bootstrap.progress import (
-    CHAIN_HEADER,
-    MESSAGE_TTL,
-    Progress,
-    heartbeat_key,
-    progress_key,
-    waiting_init_key,
-)
 
 #: Failures after which init publishes the chain again, by the name of the exception.
 _RETRIED: dict[str, Failure] = {
@@ -57,15 +48,16 @@ def publish(
     """
     add_queue(queue)
     now = time.monotonic()
-    record = ChainRecord(uuid.uuid4().hex if request.migrate else "", uuid.uuid4().hex, now, now, now)
-    if not request.migrate:
-        record = replace(record, migrate=TaskState("SUCCESS"))
+    migrate_id = uuid.uuid4().hex if request.migrate else ""
+    migrate = TaskState("PENDING" if request.migrate else "SUCCESS")
+    record = ChainRecord(migrate_id, uuid.uuid4().hex, now, now, now, migrate)
+    headers = {progress.CHAIN_HEADER: record.first_id}
     # For each task: a queue that is given to the call would route only the first one.
-    options: dict[str, Any] = {"queue": queue, "expiration": MESSAGE_TTL, "headers": {CHAIN_HEADER: record.first_id}}
+    options: dict[str, Any] = {"queue": queue, "expiration": progress.MESSAGE_TTL, "headers": headers}
     arguments = {"full": request.full, "allow_shrink": request.allow_shrink}
     work = app.signature(WARM, kwargs=arguments, immutable=True).set(task_id=record.warm_id, **options)
     if request.migrate:
-        work = chain(app.signature(MIGRATE, immutable=True).set(task_id=record.migrate_id, **options), work)
+        work = chain(app.signature(MIGRATE, immutable=True).set(task_id=migrate_id, **options), work)
     # Workers publish each result this way. If Redis refused it to them, their tasks would end without a result, and
     # only their log would say why.
     client.publish(app.backend.get_key_for_task(record.first_id), b"")
@@ -82,21 +74,24 @@ def keep_chain_alive(client: redis.Redis, record: ChainRecord, deadline: Deadlin
     lock_timeout: seconds that a revision waits for a table lock.
     """
     head_start = min(TASK_HEAD_START + lock_timeout, HEAD_START_SHARE * deadline.seconds)
-    client.set(waiting_init_key(record.first_id), max(0.0, deadline.remaining - head_start), ex=WAITING_INIT_TTL)
+    client.set(
+        progress.waiting_init_key(record.first_id), max(0.0, deadline.remaining - head_start), ex=WAITING_INIT_TTL
+    )
 
 
 def read(client: redis.Redis, record: ChainRecord) -> ChainRecord:
     """The record with the newest states of its tasks, read in one round trip."""
-    ids = [task_id for task_id in (record.migrate_id, record.warm_id) if task_id]
-    keys = []
-    for task_id in ids:
-        keys += [bytes(app.backend.get_key_for_task(task_id)), heartbeat_key(task_id), progress_key(task_id)]
+    keys: list[bytes] = []
+    for task_id in filter(None, (record.migrate_id, record.warm_id)):
+        result_key = bytes(app.backend.get_key_for_task(task_id))
+        keys += [result_key, progress.heartbeat_key(task_id), progress.progress_key(task_id)]
     found: list[Any] = client.mget(keys)
     migrate = _state(*found[:3]) if record.migrate_id else record.migrate
     return record.with_states(migrate, _state(*found[-3:]))
 
 
-def _state(meta: bytes | None, heartbeat: bytes | None, progress: bytes | None) -> TaskState:
+def _state(meta: bytes | None, heartbeat: bytes | None, stored_progress: bytes | None) -> TaskState:
+    """The state of one task, from its result, its heartbeat and its progress in Redis."""
     fields = _json_object(meta)
     if fields is None:
         return TaskState("FAILURE", failure=WorkerLost("the result backend holds something for it that is not JSON"))
@@ -106,8 +101,11 @@ def _state(meta: bytes | None, heartbeat: bytes | None, progress: bytes | None) 
         result = {}
     elif status in ("FAILURE", "REVOKED"):
         return TaskState(status, failure=_failure(result))
-    succeeded = status == "SUCCESS"
-    return TaskState(status, bool(heartbeat) and not succeeded, _progress(progress), result=result if succeeded else {})
+    step = _json_object(stored_progress) or {}
+    newest = progress.Progress(**step) if step.keys() == progress.Progress("").to_dict().keys() else None
+    if status == "SUCCESS":
+        return TaskState(status, progress=newest, result=result)
+    return TaskState(status, bool(heartbeat), newest)
 
 
 def _failure(stored: dict[str, Any]) -> Failure:
@@ -129,8 +127,3 @@ def _json_object(stored: bytes | None) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _progress(stored: bytes | None) -> Progress | None:
-    fields = _json_object(stored)
-    return Progress(**fields) if fields and fields.keys() == Progress("").to_dict().keys() else None

@@ -14,17 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bifrost_bootstrap import errors
 from bifrost_bootstrap.deadline import LOG_INTERVAL, Deadline, DeadlineExceeded, Interval
-from bifrost_bootstrap.init.decision import (
-    Decision,
-    Enqueue,
-    Fail,
-    Observation,
-    Stage,
-    Succeed,
-    TransientFailure,
-    Wait,
-    decide,
-)
+from bifrost_bootstrap.init.decision import Enqueue, Fail, Observation, Stage, Succeed, TransientFailure, Wait, decide
 from bifrost_bootstrap.init.run import Request, Run
 from bifrost_bootstrap.migrate import tree_loading
 from bifrost_bootstrap.migrate.tree import Tree
@@ -155,16 +145,17 @@ class _Loop:
             decision = decide(seen)
             if seen.chain and seen.chain.progress:
                 self.report(seen.chain.progress)
-            self._log_note(decision, seen)
-            self._warn_of_no_worker(seen)
             match decision:
                 case Succeed():
                     return self._report_success(waited)
                 case Fail(error):
                     raise error
-                case Enqueue(_, worker_lost) if not deadline.passed:
-                    # A chain that a server did not accept is decided on again.
-                    self.losses += self.observer.publish() and worker_lost
+                case Wait(note) | Enqueue(note):
+                    self._log_note(note, seen)
+                    self._warn_of_no_worker(seen)
+            if isinstance(decision, Enqueue) and not deadline.passed:
+                # If a server does not accept the chain, the next observation decides again.
+                self.losses += self.observer.publish() and decision.worker_lost
             if deadline.passed:
                 raise self._deadline_error(seen)
             deadline.sleep(POLL_INTERVAL)
@@ -186,10 +177,9 @@ class _Loop:
             error = errors.NoWorkerError(self.observer.queue)
             logger.warning("%s; %s", error, error.remedy)
 
-    def _log_note(self, decision: Decision, seen: Observation) -> None:
-        if not isinstance(decision, Wait | Enqueue):
-            return
-        note = str(self.run.server_errors) or decision.note
+    def _log_note(self, note: str, seen: Observation) -> None:
+        """Log what init waits for, at once if that is new, and then every `LOG_INTERVAL` seconds."""
+        note = str(self.run.server_errors) or note
         if note != self.note:
             self.note = note
             self.log_again = Interval(LOG_INTERVAL)

@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import redis
 from celery import bootsteps
 from celery.bin.celery import celery as celery_command
 from celery.exceptions import CPendingDeprecationWarning, InvalidTaskError
@@ -133,16 +132,17 @@ def start_health_file(health_file: Path | None) -> None:
     While the worker is connected, `Heartbeat` touches it: if the worker's loop hangs, the file grows old. A worker that
     only waits for its broker must not be restarted.
     """
+    if not health_file:
+        return
 
-    def touch_while_disconnected(health_file: Path) -> None:
+    def touch_while_disconnected() -> None:
         pause = threading.Event()
         while not pause.wait(BEAT):
             if not _connected.is_set():
                 _touch(health_file)
 
-    if health_file:
-        _touch(health_file)
-        threading.Thread(target=touch_while_disconnected, args=(health_file,), name="health", daemon=True).start()
+    _touch(health_file)
+    threading.Thread(target=touch_while_disconnected, name="health", daemon=True).start()
 
 
 def _touch(health_file: Path) -> None:
@@ -195,17 +195,15 @@ class Heartbeat(Timed):
         if not task_ids:
             return
         try:
-            with redis_server.connect(self.settings.redis, answer_timeout=BEAT_TIMEOUT) as client:
-                _send_heartbeats(client, {*task_ids, ANY_WORKER_BUSY})
+            with (
+                redis_server.connect(self.settings.redis, answer_timeout=BEAT_TIMEOUT) as client,
+                client.pipeline(transaction=False) as pipeline,
+            ):
+                for task_id in {*task_ids, ANY_WORKER_BUSY}:
+                    pipeline.set(heartbeat_key(task_id), b"1", ex=HEARTBEAT_TTL)
+                pipeline.execute()
         except BootstrapError as error:
             logger.debug("heartbeat: %s", error)
-
-
-def _send_heartbeats(client: redis.Redis, task_ids: set[str]) -> None:
-    with client.pipeline(transaction=False) as pipeline:
-        for task_id in task_ids:
-            pipeline.set(heartbeat_key(task_id), b"1", ex=HEARTBEAT_TTL)
-        pipeline.execute()
 
 
 class CacheMonitorStep(Timed):
