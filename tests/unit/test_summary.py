@@ -91,7 +91,7 @@ def test_check_of_a_schema_that_cannot_be_migrated() -> None:
 
 
 def test_plan_of_what_is_pending() -> None:
-    """The headline says what init would do; the rows which revisions and modules, and that the warm would stop at the shrink limit."""
+    """The headline says what init would do; the rows name revisions and modules, and the shrink limit."""
     diff = CacheDiff(added=[b"new.py"], removed=[b"%d.py" % number for number in range(21)], indexed=30)
     text = str(summary.of_plan(Plan(BEHIND, diff, bytes=1400, no_sql="it reads")))
     assert text.startswith("init would apply 1 revisions and end with 2: it removes 21 of 30 entries\n")
