@@ -113,12 +113,8 @@ class Interval:
         """Whether it is to be done now. The answer True starts the next `seconds`."""
         if not self._pause.passed:
             return False
-        self.restart()
-        return True
-
-    def restart(self) -> None:
-        """It is due again `seconds` from now."""
         self._pause = Deadline(self._seconds)
+        return True
 
 
 class RejectionTimer:

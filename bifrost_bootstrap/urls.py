@@ -78,7 +78,7 @@ class PostgresUrl:
         """The URL with this one of its servers first; unchanged if it names no others, or not this one."""
         hosts = self.parameters.get("host", "").split(",")
         ports = self.parameters.get("port", "").split(",")
-        servers = list(zip(hosts, ports, strict=False))
+        servers = list(zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=False))
         if len(servers) < 2 or (host, port) not in servers or "hostaddr" in self.parameters:
             return self
         servers.sort(key=lambda server: server != (host, port))
@@ -114,10 +114,8 @@ def parse_postgres(text: str) -> PostgresUrl:
     if len(hosts) > 1:
         # The server that can be written to, whichever of them it is by now.
         parameters.setdefault("target_session_attrs", "primary")
-        # One for each host: libpq has a default for a missing port, asyncpg has none.
-        ports = parameters.get("port", "").split(",")
-        ports = ports if len(ports) > 1 else ports * len(hosts)
-        parameters["port"] = ",".join(port or "5432" for port in ports)
+        # libpq has a default for a missing port, asyncpg has none.
+        parameters["port"] = ",".join(port or "5432" for port in parameters.get("port", "").split(","))
     scheme = text.split("://", 1)[0] if is_url else "postgresql"
     return PostgresUrl(_sqlalchemy_url(scheme, parameters, words or parameters), parameters)
 

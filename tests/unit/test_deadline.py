@@ -113,16 +113,6 @@ def test_an_interval_is_due_at_once_and_then_again(clock: Clock) -> None:
     assert [interval.due(), interval.due()] == [True, False]
 
 
-def test_a_restarted_interval_begins_anew(clock: Clock) -> None:
-    """What was done for another reason is due a whole interval later."""
-    interval = Interval(10)
-    interval.restart()
-    clock.now += 9
-    assert not interval.due()
-    clock.now += 1
-    assert interval.due()
-
-
 def test_rejections_expire_when_nothing_comes_between(clock: Clock) -> None:
     """A rejection is tolerated for a while; another error, and a success, begin that while anew."""
     refused = RefusedError("PostgreSQL", "no such user")

@@ -179,6 +179,40 @@ def test_tree_sees_a_keyword_string_as_url() -> None:
     assert dict(read.query) == {"host": "/run/pg", "port": "5433", "sslmode": "disable"}
 
 
+def test_keyword_string_with_a_password_and_no_user() -> None:
+    """The password stays one, and is not taken for the user."""
+    read = sqlalchemy.make_url(parse_postgres("host=one,two password=secret-word dbname=d").as_written)
+    assert (read.username or "", read.password) == ("", "secret-word")
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("postgresql://u:p@one,two/d", "one,two:5432,5432/d"),
+        ("postgresql://u:p@/d?host=one,two", "one,two:5432/d"),
+        ("postgresql://u:p@/d?host=one,two&port=5433", "one,two:5433/d"),
+        ("postgresql://one/d", "one:5432/d"),
+    ],
+)
+def test_target_stays_the_same(text: str, target: str) -> None:
+    """The queue of a tree has its name from the target, so a release that writes it otherwise would need a new worker."""
+    assert parse_postgres(text).target == target
+
+
+def test_one_of_several_hosts_comes_first() -> None:
+    """Host and port move together, for libpq and for the tree; a host that is not named changes nothing."""
+    url = parse_postgres("postgresql+asyncpg://u:p@one:5433,two:5434/d?ssl=require")
+    moved = url.beginning_at("two", "5434")
+    assert (moved.parameters["host"], moved.parameters["port"]) == ("two,one", "5434,5433")
+    assert dict(sqlalchemy.make_url(moved.as_written).query) == {
+        "host": "two,one",
+        "port": "5434,5433",
+        "ssl": "require",
+        "target_session_attrs": "primary",
+    }
+    assert url.beginning_at("three", "5434") is url
+
+
 def test_text_form_names_the_server() -> None:
     """The text form says server and database, also by the defaults of libpq."""
     assert str(parse_postgres("postgresql://u:secret-word@db:1/x")) == "PostgreSQL db:1/x"
