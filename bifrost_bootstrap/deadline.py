@@ -8,7 +8,7 @@ All of it goes by the monotonic clock. This is the only module that sleeps.
         if try_it():
             return
         if log_again.due():
-            logger.info("waiting for it")
+            logger.info("waiting for ...")
     raise BusyError(...)
 """
 

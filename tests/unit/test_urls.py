@@ -195,7 +195,7 @@ def test_keyword_string_with_a_password_and_no_user() -> None:
     ],
 )
 def test_target_stays_the_same(text: str, target: str) -> None:
-    """The queue of a tree has its name from the target, so a release that writes it otherwise would need a new worker."""
+    """The target names the queue of a tree. If it changed, init and worker of two releases would not meet."""
     assert parse_postgres(text).target == target
 
 
