@@ -10,6 +10,7 @@ BIFROST_TEST_REDIS_PROGRAM names the program of every private Redis.
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import itertools
 import os
@@ -25,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 import kombu
 import pytest
 
+import bifrost_bootstrap
 from tests.servers import (
     Command,
     Database,
@@ -82,6 +84,8 @@ class Outside:
         self.screenshot = environ.get("SCREENSHOT")
 
 
+#: The package under test.
+PACKAGE = Path(bifrost_bootstrap.__file__).parent
 RUN = pytest.StashKey[RunFolder]()
 OUTSIDE = pytest.StashKey[Outside]()
 
@@ -92,10 +96,14 @@ OUTSIDE = pytest.StashKey[Outside]()
 def pytest_configure(config: pytest.Config) -> None:
     """Create the folder of the run, or use that of the xdist controller. SIGTERM ends the run as Ctrl-C does."""
     config.stash[OUTSIDE] = Outside(os.environ)
+    # Some machines set PYTHONDONTWRITEBYTECODE. Then each xdist worker rewrites the assertions of every test module
+    # (3 s of CPU), and each process of a test compiles the package (50 ms).
+    sys.dont_write_bytecode = False
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         config.stash[RUN] = RunFolder(Path(worker["run_folder"]), worker["workerid"])
     else:
+        compileall.compile_dir(PACKAGE, quiet=2)
         config.stash[RUN] = RunFolder.create()
         config.pluginmanager.register(RunChecks(config.stash[RUN]), "run-checks")
     if threading.current_thread() is threading.main_thread():
