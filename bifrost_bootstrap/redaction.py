@@ -50,13 +50,11 @@ def masked(text: str) -> str:
         text = text.replace(secret, "***")
     # A bounded length: without it, text of nothing but "://" would take minutes.
     text = re.sub(r"(?<=://)([^:/@\s'\"]*):[^@\s'\"]{0,1000}@", r"\1:***@", text)
-    return _without_parts(text) if _parts else text
+    return _without_parts(text)
 
 
 def _without_parts(text: str) -> str:
     found = [start for start in range(len(text) - _PART + 1) if text[start : start + _PART] in _parts]
-    if not found:
-        return text
     kept: list[str] = []
     end = 0
     for start in found:
