@@ -1,8 +1,8 @@
 # One image for init, the bootstrap worker and Flower.
 #
-# The package has its own virtual environment, /opt/bifrost-bootstrap. So BASE_IMAGE may be the platform's image: its packages
-# and its pip do not change, it holds the migrations, and its own interpreter (BIFROST_ALEMBIC_PYTHON) runs them. BASE_IMAGE
-# must be Debian-based, with a CPython >= 3.11 as `python3`.
+# The package has its own virtual environment, /opt/bifrost-bootstrap. So BASE_IMAGE may be the platform's image: its
+# packages and its pip do not change, it holds the migrations, and its own interpreter (BIFROST_ALEMBIC_PYTHON) runs
+# them. BASE_IMAGE must be Debian-based, with a CPython >= 3.11 as `python3`.
 ARG BASE_IMAGE=python:3.13-slim
 
 FROM python:3.13-slim AS tini

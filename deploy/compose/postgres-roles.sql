@@ -1,5 +1,5 @@
--- The image runs this once, in the new database. It creates the roles of docs/security.md and the platform's role, with the
--- passwords of PgBouncer's list. Nobody logs in as the superuser.
+-- The image runs this once, in the new database. It creates the roles of docs/security.md and the platform's role, with
+-- the passwords of PgBouncer's list. Nobody logs in as the superuser.
 \set migrate_password `sed -n 's/^"bifrost_migrate" "\(.*\)"$/\1/p' /run/secrets/pgbouncer-userlist`
 \set read_password `sed -n 's/^"bifrost_read" "\(.*\)"$/\1/p' /run/secrets/pgbouncer-userlist`
 \set platform_password `sed -n 's/^"bifrost" "\(.*\)"$/\1/p' /run/secrets/pgbouncer-userlist`
@@ -14,7 +14,8 @@ GRANT USAGE, CREATE ON SCHEMA public TO bifrost_migrate;
 GRANT USAGE ON SCHEMA public TO bifrost_read;
 ALTER DEFAULT PRIVILEGES FOR ROLE bifrost_migrate IN SCHEMA public GRANT SELECT ON TABLES TO bifrost_read;
 
--- The platform's tree may create a schema, or an extension that PostgreSQL trusts. It needs pgvector if that is installed.
+-- The platform's tree may create a schema, or an extension that PostgreSQL trusts. It needs pgvector if that is
+-- installed.
 GRANT CREATE ON DATABASE bifrost TO bifrost_migrate;
 SELECT 'CREATE EXTENSION vector' FROM pg_available_extensions WHERE name = 'vector' \gexec
 
