@@ -155,8 +155,7 @@ class Observer:
         self.readiness = readiness.read_readiness(
             self._run.settings,
             self._tree,
-            since=self._before.marker if self._before else None,
-            marker_suffices=self._before is not None,
+            before=self._before,
             compare=readiness.compare_timeout(self._run.deadline) if compare else 0,
             await_open=True,
         )

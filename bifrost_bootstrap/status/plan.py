@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bifrost_bootstrap.errors import ExitCode, WarmError
@@ -12,17 +12,18 @@ from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.servers import postgres, redis_server
 from bifrost_bootstrap.servers.waiting import PROBE_TIMEOUT
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.warm import diff as cache_diff
 from bifrost_bootstrap.warm.cache import ModuleCache
+from bifrost_bootstrap.warm.comparison import compare
 from bifrost_bootstrap.warm.diff import CacheDiff
+from bifrost_bootstrap.warm.rows import row_reader
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    diff: None where the rows cannot be compared, `no_diff` says why. bytes: of the content that a warm would write.
+    diff: None if the rows cannot be compared; then `no_diff` says why. bytes: of the content that a warm would write.
 
-    sql: of the pending revisions, where it was asked for; "" where it was not or cannot be told, `no_sql` says why.
+    sql: of the pending revisions, if it was requested; "" if it is not known, then `no_sql` says why.
     """
 
     schema: SchemaState
@@ -61,31 +62,34 @@ class Plan:
 
 def plan(settings: Settings, tree: Tree, *, with_sql: bool) -> Plan:
     """
-    Look, changing nothing; a role that may only read suffices. with_sql: ask the tree's Alembic for the SQL too.
+    Read, changing nothing; a role that may only read suffices. with_sql: ask the tree's Alembic for the SQL too.
 
     Raises UnavailableError, RefusedError, and the configuration errors of the tree.
     """
     state = schemas.read_schema_state(settings.database, tree, settings)
-    diff, no_diff, size = None, "", 0
+    found = _with_diff(Plan(state), settings)
+    return _with_sql(found, settings, tree) if with_sql and state.pending else found
+
+
+def _with_diff(found: Plan, settings: Settings) -> Plan:
     try:
         with (
             redis_server.connect(settings.redis, answer_timeout=PROBE_TIMEOUT) as client,
-            cache_diff.row_reader(settings, answer_timeout=postgres.WORK_TIMEOUT) as reader,
+            row_reader(settings, answer_timeout=postgres.WORK_TIMEOUT) as reader,
         ):
             states = ModuleCache(client, reader.source.ttl(settings)).states()
             with reader.snapshot() as rows:
-                diff = cache_diff.compare(states, rows)
-                size = rows.bytes_of(diff.added + diff.changed)
+                diff = compare(states, rows)
+                return replace(found, diff=diff, bytes=rows.size_of([*diff.added, *diff.changed]))
     except WarmError as error:
-        no_diff = f"{'unknown before the migration: ' if state.pending else ''}{error.args[0]}"
-    sql, no_sql = _sql(settings, tree, state) if with_sql and state.pending else ("", "")
-    return Plan(state, diff, no_diff, size, sql, no_sql)
+        when = "unknown before the migration: " if found.schema.pending else ""
+        return replace(found, no_diff=f"{when}{error.args[0]}")
 
 
-def _sql(settings: Settings, tree: Tree, state: SchemaState) -> tuple[str, str]:
+def _with_sql(found: Plan, settings: Settings, tree: Tree) -> Plan:
     url = settings.database.as_written
-    request = {"mode": "sql", "heads": state.database_heads}
+    request = {"mode": "sql", "heads": found.schema.database_heads}
     answer = process.ask(tree.alembic, request, BIFROST_DATABASE_URL=url, DATABASE_URL=url)
     if "sql" in answer:
-        return answer["sql"], ""
-    return "", f"the tree cannot be written as SQL without running it: {answer['message']}"
+        return replace(found, sql=answer["sql"])
+    return replace(found, no_sql=f"the tree cannot be written as SQL without running it: {answer['message']}")

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Set as AbstractSet
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import LiteralString
 
-from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.errors import WarmError
 from bifrost_bootstrap.servers import postgres
 from bifrost_bootstrap.servers.postgres import Connection
 from bifrost_bootstrap.settings import Settings
 
-logger = logging.getLogger(__name__)
-
-#: Seconds to wait for open writers. A request of the platform ends within a few; a session that somebody forgot must
-#: not keep a deployment from starting.
-WRITER_WAIT = 30.0
-#: Seconds between two looks at whether open writers have ended.
-WRITER_POLL = 0.05
-#: Seconds after which a log line says whom we wait for.
-WRITER_PATIENCE = 1.0
 #: Seconds that the platform's own writers let an entry live in the age of `file_index`.
 PLATFORM_TTL = 24 * 3600.0
 
@@ -112,63 +101,3 @@ def _no_table(server: str, elsewhere: str, heads: tuple[str, ...]) -> str:
         schema = elsewhere.rpartition(".")[0]
         return f"{text}; there is {elsewhere}, name its schema in the URL: options=-csearch_path%3D{schema}"
     return f"{text}; if the platform keeps no modules in PostgreSQL, set BIFROST_MODULE_SOURCE=none"
-
-
-@dataclass(frozen=True)
-class OpenWriter:
-    """A transaction that has written to the table and is still open. name: whose session it is, for a log line."""
-
-    transaction: str
-    name: str
-
-
-def open_writers(connection: Connection, source: ModuleSource) -> frozenset[OpenWriter]:
-    """
-    The transactions that hold a writer's lock on the table, seen by every role and through a pooler; empty without one.
-
-    The platform's API sets a cache entry before it commits the row.
-    """
-    if not source.table:
-        return frozenset()
-    with connection.transaction():
-        rows = connection.execute(
-            "SELECT l.virtualtransaction, concat_ws(' ', a.usename, nullif(a.application_name, ''),"
-            " '(pid ' || coalesce(l.pid::text, 'none') || ')')"
-            " FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid"
-            " WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' AND l.granted"
-            " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            " AND l.relation = to_regclass(%s) AND l.pid IS DISTINCT FROM pg_backend_pid()",
-            (source.table,),
-        ).fetchall()
-    return frozenset(OpenWriter(str(row[0]), str(row[1])) for row in rows)
-
-
-def await_writers(
-    read_open: Callable[[], AbstractSet[OpenWriter]], writers: AbstractSet[OpenWriter], limit: Deadline
-) -> bool:
-    """
-    Wait until these transactions have ended; at the limit a warning names those that have not, and the result is False.
-
-    A comparison that begins afterwards sees what they committed.
-    """
-    left = writers
-    told = Deadline(WRITER_PATIENCE)
-    while left and (left := left & read_open()):
-        names = ", ".join(sorted(writer.name for writer in left))
-        if limit.passed:
-            logger.warning("transactions that have written modules are still open, not waiting any longer: %s", names)
-            return False
-        if told.passed:
-            told = Deadline(limit.remaining + WRITER_POLL)
-            logger.info("waiting for transactions that have written modules: %s (up to %.0fs)", names, limit.remaining)
-        limit.sleep(WRITER_POLL)
-    return True
-
-
-def read_requirements(connection: Connection, source: ModuleSource) -> str:
-    """The text of `requirements.txt`; "" where there is no row, or only white space in it."""
-    if not source.table:
-        return ""
-    query: LiteralString = f"SELECT content FROM {source.table} WHERE {source.requirements}"  # noqa: S608  (our words)
-    content = postgres.scalar(connection, query)
-    return str(content) if content and str(content).strip() else ""

@@ -225,7 +225,7 @@ class CacheMonitorStep(Timed):
                 logger.warning("guard: the warm could not be enqueued: %s", masked(str(error)))
 
         guard = CacheMonitor(self.settings, tree, rewarm)
-        self.timer = worker.timer.call_repeatedly(guard.interval, guard.start_look)
+        self.timer = worker.timer.call_repeatedly(guard.interval, guard.start_check)
 
 
 app.steps["worker"].update({Heartbeat, CacheMonitorStep})

@@ -23,17 +23,17 @@ STOPPING_INIT = """
 import os, sys, time
 from pathlib import Path
 from bifrost_bootstrap.cli import commands as cli
-from bifrost_bootstrap.warm import diff as cache_diff
-compare_now, folder = cache_diff.compare_now, Path(sys.argv[1])
+from bifrost_bootstrap.warm import comparison
+compare_now, folder = comparison.compare_now, Path(sys.argv[1])
 
 def stopping(*arguments, **options):
     found = compare_now(*arguments, **options)
-    while not found.diff.empty and (folder / "compared.hold").exists():
+    while not found.empty and (folder / "compared.hold").exists():
         (folder / f"compared.reached.{os.getpid()}").touch()
         time.sleep(0.02)
     return found
 
-cache_diff.compare_now = stopping
+comparison.compare_now = stopping
 sys.exit(cli.run(["init", "--timeout", "3m"]))
 """
 #: What Redis says at its `maxmemory`.

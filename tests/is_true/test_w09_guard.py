@@ -24,9 +24,9 @@ from bifrost_bootstrap.celery import WARM
 from bifrost_bootstrap.errors import UnavailableError
 from bifrost_bootstrap.migrate import lock, tree_loading
 from bifrost_bootstrap.progress import heartbeat_key
-from bifrost_bootstrap.warm import diff as cache_diff
+from bifrost_bootstrap.warm import comparison
 from bifrost_bootstrap.warm.cache import MARKER
-from bifrost_bootstrap.warm.diff import CacheDiff, Comparison
+from bifrost_bootstrap.warm.diff import CacheDiff
 from bifrost_bootstrap.worker import cache_monitor as guards
 from bifrost_bootstrap.worker.cache_monitor import FULL_EVERY, MONITOR_LEASE_KEY, CacheMonitor
 from tests.conftest import RunBootstrap, RunCommand, StartWorker
@@ -55,7 +55,7 @@ class Watch:
         before = self.sent
         for _ in range(times):
             self.store.client.delete(MONITOR_LEASE_KEY)
-            self.guard.look()
+            self.guard.check()
         return self.sent - before
 
 
@@ -72,13 +72,13 @@ def watch(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> Watch:
 def comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list with one item for each comparison of rows and cache."""
     seen: list[str] = []
-    compare_now = cache_diff.compare_now
+    compare_now = comparison.compare_now
 
-    def counted(*arguments: Any, **options: Any) -> Comparison:
+    def counted(*arguments: Any, **options: Any) -> CacheDiff:
         seen.append("compared")
         return compare_now(*arguments, **options)
 
-    monkeypatch.setattr(cache_diff, "compare_now", counted)
+    monkeypatch.setattr(comparison, "compare_now", counted)
     return seen
 
 
@@ -114,7 +114,7 @@ def test_w09_failed_comparison_is_repeated(watch: Watch, monkeypatch: pytest.Mon
     watch.store.client.flushdb()
     with monkeypatch.context() as patched:
         patched.setattr(
-            cache_diff, "compare_now", lambda *_, **__: (_ for _ in ()).throw(UnavailableError("PostgreSQL", "gone"))
+            comparison, "compare_now", lambda *_, **__: (_ for _ in ()).throw(UnavailableError("PostgreSQL", "gone"))
         )
         assert watch.look() == 0
     assert watch.look() == 1
@@ -152,18 +152,18 @@ def test_w09_writer_between_commit_and_entry(watch: Watch, monkeypatch: pytest.M
     store.put({"new.py": "y"})
     store.client.srem(INDEX, "m1.py")  # the count differs, so that it is compared
     store.put({"m1.py": MODULES["m1.py"]})
-    compare_now = cache_diff.compare_now
+    compare_now = comparison.compare_now
     looks: list[CacheDiff] = []
 
-    def then_write(*arguments: Any, **options: Any) -> Comparison:
+    def then_write(*arguments: Any, **options: Any) -> CacheDiff:
         found = compare_now(*arguments, **options)
-        looks.append(found.diff)
+        looks.append(found)
         store.api_set("new.py", "y")
         store.client.persist(ENTRY + b"new.py")
         store.client.sadd(INDEX, "m1.py")
         return found
 
-    monkeypatch.setattr(cache_diff, "compare_now", then_write)
+    monkeypatch.setattr(comparison, "compare_now", then_write)
     assert watch.look() == 0
     assert len(looks) == 2
     assert not looks[0].empty
@@ -194,8 +194,8 @@ def test_w09_one_guard_at_a_time(watch: Watch) -> None:
     client = watch.store.client
     client.flushdb()
     other = Watch(watch.store)
-    watch.guard.look()
-    other.guard.look()
+    watch.guard.check()
+    other.guard.check()
     assert (watch.sent, other.sent) == (1, 0)
     assert 0 < client.pttl(MONITOR_LEASE_KEY) <= 1000 * watch.guard.interval
 
@@ -210,8 +210,8 @@ def test_w09_turn_is_left_to_who_can_use_it(watch: Watch, make_store: MakeStore)
     ]
     store.client.flushdb()
     for other in others:
-        other.guard.look()
-    watch.guard.look()
+        other.guard.check()
+    watch.guard.check()
     assert [one.sent for one in (*others, watch)] == [0, 0, 1]
 
 
@@ -252,10 +252,10 @@ def test_w09_checks_do_not_overlap(watch: Watch) -> None:
         go_on.wait(PATIENCE)
 
     guard = CacheMonitor(store.settings, tree_loading.load(store.settings), send)
-    guard.start_look()
+    guard.start_check()
     assert sending.wait(PATIENCE)
     store.client.delete(MONITOR_LEASE_KEY)
-    guard.start_look()
+    guard.start_check()
     looking = [thread for thread in threading.enumerate() if thread.name == "guard"]
     go_on.set()
     for thread in looking:
@@ -272,7 +272,7 @@ def test_w09_bug_ends_one_check_only(watch: Watch, caplog: pytest.LogCaptureFixt
 
     watch.store.client.flushdb()
     guard = CacheMonitor(watch.store.settings, tree_loading.load(watch.store.settings), send)
-    guard.look()
+    guard.check()
     assert "guard: unexpected error" in caplog.text
 
 
@@ -306,7 +306,7 @@ def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch
     set_urls(monkeypatch)
     monkeypatch.setenv("BIFROST_CACHE_GUARD_INTERVAL", "600s")
     looked: list[float] = []
-    monkeypatch.setattr(CacheMonitor, "start_look", lambda guard: looked.append(guard.interval))
+    monkeypatch.setattr(CacheMonitor, "start_check", lambda guard: looked.append(guard.interval))
     timer, step, now = Timer(), CacheMonitorStep(None), time.monotonic()
     step.start(SimpleNamespace(timer=timer))
     ((eta, _, entry),) = timer.queue
@@ -322,7 +322,7 @@ def test_w09_servers_that_are_away(watch: Watch, caplog: pytest.LogCaptureFixtur
     settings = watch.store.settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
     guard = CacheMonitor(settings, tree_loading.load(settings), lambda: pytest.fail("sent without having looked"))
     caplog.set_level("INFO")
-    guard.look()
+    guard.check()
     assert "guard: Redis 127.0.0.1:1/0" in caplog.text
     assert watch.look() == 0
 

@@ -173,7 +173,7 @@ def test_w01_index_that_names_itself(store: ModuleStore, row: bool) -> None:
 
 def test_w01_many_added_at_once(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large fill writes its entries directly, and is as exact, also over entries that no index contains."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 10)
+    monkeypatch.setattr("bifrost_bootstrap.warm.staging.LARGE_FILL", 10)
     store.put({f"m{n}.py": f"x = {n}" for n in range(100)})
     store.api_set("m1.py", "older")
     store.api_set("m2.py", "x = 2")
@@ -185,7 +185,7 @@ def test_w01_many_added_at_once(store: ModuleStore, monkeypatch: pytest.MonkeyPa
 
 def test_w01_many_over_entries_that_no_index_names(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index was lost and rows changed since: a large fill replaces the old entries without more passes."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 10)
+    monkeypatch.setattr("bifrost_bootstrap.warm.staging.LARGE_FILL", 10)
     paths = [f"m{n}.py" for n in range(100)]
     store.put(dict.fromkeys(paths, "older"))
     store.warm()

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from bifrost_bootstrap.progress import Progress
-from bifrost_bootstrap.warm import diff as cache_diff, step as warm_step
+from bifrost_bootstrap.warm import rows, staging
 from bifrost_bootstrap.warm.step import STAGING
 from tests.setups.module_store import ModuleStore, at
 
@@ -40,12 +40,12 @@ def assert_one_generation(seen: dict[bytes, bytes | None]) -> str:
 
 
 @pytest.mark.race
-@pytest.mark.parametrize("large_fill", [warm_step.LARGE_FILL, 0])
+@pytest.mark.parametrize("large_fill", [staging.LARGE_FILL, 0])
 def test_w02_observer_never_sees_a_mixture(
     store: ModuleStore, large_fill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """During 100 warms that change, add and remove modules, every read shows a single generation."""
-    monkeypatch.setattr(warm_step, "LARGE_FILL", large_fill)
+    monkeypatch.setattr(staging, "LARGE_FILL", large_fill)
     ended = Event()
     seen: list[str] = []
 
@@ -75,8 +75,8 @@ def test_w02_rows_are_those_of_one_moment(store: ModuleStore, monkeypatch: pytes
     """Rows that are committed together during a warm become visible together, in the next pass."""
     # One row in each query, so that the commit comes between two of them; most modules stay as they are, or else
     # one query would read them all.
-    monkeypatch.setattr(cache_diff, "_PATHS_A_QUERY", 1)
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(rows, "PATHS_PER_QUERY", 1)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     together = [f"together{n}" for n in range(5)]
     store.put({f"still{n}": "" for n in range(20)} | dict.fromkeys(together, "0"))
     store.warm()

@@ -17,7 +17,7 @@ import bifrost_bootstrap
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, UnavailableError, WarmError
 from bifrost_bootstrap.progress import Progress
 from bifrost_bootstrap.servers import redis_server
-from bifrost_bootstrap.warm import cache as module_cache, step as warm_step
+from bifrost_bootstrap.warm import cache as module_cache, staging
 from bifrost_bootstrap.warm.step import COMPARING, READING, STAGING, SWITCHING
 from tests.servers import Proxy, RedisServer, RunFolder
 from tests.servers.process import free_port, wait_until
@@ -44,7 +44,7 @@ def assert_untouched(store: ModuleStore, before: dict[bytes, bytes | None]) -> N
     after = store.module_keys()
     assert {key: after[key] for key in before} == before
     left = [*(after.keys() - before.keys()), *store.own_keys()]
-    assert all(0 < store.client.pttl(key) <= 1000 * module_cache.FILL_TTL for key in left)
+    assert all(0 < store.client.pttl(key) <= 1000 * staging.FILL_TTL for key in left)
 
 
 def assert_completes(store: ModuleStore) -> None:
@@ -53,7 +53,7 @@ def assert_completes(store: ModuleStore) -> None:
     store.assert_exact()
 
 
-def kill_at(store: ModuleStore, point: str, number: int, large_fill: int = warm_step.LARGE_FILL) -> None:
+def kill_at(store: ModuleStore, point: str, number: int, large_fill: int = staging.LARGE_FILL) -> None:
     """Run a warm in a process of its own that SIGKILLs itself at the point."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -102,8 +102,8 @@ def test_w03_staged_entries_live_as_long_as_the_warm(store: ModuleStore, monkeyp
     """If the staging takes longer than a third of the TTL, it renews the TTL, so that no entry is missing at
     the switch.
     """
-    monkeypatch.setattr(module_cache, "STAGE_TTL", 3)
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(staging, "STAGE_TTL", 3)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     store.put(BEFORE)
     first: list[bytes] = []
     lowest: list[int] = []
@@ -140,7 +140,7 @@ def test_w03_out_of_memory(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis runs out of memory while entries are staged, or before the switch: no entry is changed."""
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     store = make_store(start_server(RedisServer(run_folder)).url())
     set_limit = store.client.config_set
     before = change(store)
@@ -174,7 +174,7 @@ def test_w03_cannot_persist(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Redis rejects writes because its last snapshot failed (MISCONF): no entry is changed."""
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     server = start_server(RedisServer(run_folder, {"save": "3600 1", "stop-writes-on-bgsave-error": "yes"}))
     store = make_store(server.url())
     before = change(store)
@@ -203,7 +203,7 @@ def test_w03_becomes_a_replica(
     make_store: MakeStore, run_folder: RunFolder, start_server: StartRedis, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis becomes a replica during the warm: no entry is changed, and the error says so."""
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     store = make_store(start_server(RedisServer(run_folder)).url())
     before = change(store)
     fails(store, before, point, lambda: store.client.replicaof("127.0.0.1", 1),
@@ -301,7 +301,7 @@ def test_w03_redis_is_cut_off(
     point: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """If every connection to Redis ends, Redis is unavailable and the previous cache is unchanged."""
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     server = start_server(RedisServer(run_folder))
     proxy = start_proxy(server.port)
     store = make_store(proxy.through(server.url()))
@@ -326,7 +326,7 @@ def test_w03_database_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """If every connection to PostgreSQL ends, PostgreSQL is unavailable and the previous cache is unchanged."""
-    monkeypatch.setattr(warm_step, "BATCH_SIZE", 1)
+    monkeypatch.setattr(staging, "BATCH_SIZE", 1)
     before = change(store)
     # More than the sockets hold, so that rows are still to come when the connection ends.
     store.put({f"large{n}.py": "x" * 2_000_000 for n in range(10)})

@@ -84,8 +84,8 @@ def test_w04_revert(stale: ModuleStore) -> None:
 
 def test_w04_added_entry_is_not_overwritten(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a large fill, an entry that a writer sets before or after ours stays."""
-    monkeypatch.setattr("bifrost_bootstrap.warm.step.LARGE_FILL", 0)
-    monkeypatch.setattr("bifrost_bootstrap.warm.step.BATCH_SIZE", 1)
+    monkeypatch.setattr("bifrost_bootstrap.warm.staging.LARGE_FILL", 0)
+    monkeypatch.setattr("bifrost_bootstrap.warm.staging.BATCH_SIZE", 1)
     paths = [f"{number}.py" for number in range(20)]
     store.put(dict.fromkeys(paths, "version = 1"))
     versions = iter(range(2, 100))

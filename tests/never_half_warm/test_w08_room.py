@@ -82,7 +82,8 @@ def test_w08_too_little_room(
 
 def test_w08_estimate_is_no_less_than_what_is_used(make_store: MakeStore, server: RedisServer) -> None:
     """With small and with large modules, the warm uses at most the memory that the warning is based on."""
-    from bifrost_bootstrap.warm.step import ENTRY_BYTES, ENTRY_GROWTH
+    from bifrost_bootstrap.warm.staging import ENTRY_BYTES
+    from bifrost_bootstrap.warm.step import ENTRY_GROWTH
 
     store = make_store(server.url())
     lines = Path(inspect.getfile(subprocess)).read_text().splitlines(keepends=True)

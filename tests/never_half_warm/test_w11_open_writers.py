@@ -12,7 +12,7 @@ import pytest
 
 from bifrost_bootstrap.migrate import tree_loading
 from bifrost_bootstrap.status import readiness
-from bifrost_bootstrap.warm import source as module_source
+from bifrost_bootstrap.warm.rows import OpenWriters, row_reader
 from bifrost_bootstrap.warm.step import COMPARING, SWITCHING
 from tests.setups.module_store import ENTRY, UPSERT, ModuleStore, at, sha256
 
@@ -108,7 +108,7 @@ def test_w11_init_is_not_ready_beside_an_open_request(stale: ModuleStore) -> Non
         found = readiness.read_readiness(settings, tree_loading.load(settings), compare=30, await_open=True)
         timer.join()
     assert found.diff is not None
-    assert found.diff.changed == [PATH.encode()]
+    assert list(found.diff.changed) == [PATH.encode()]
 
 
 def test_w11_bounded_and_named(
@@ -131,15 +131,15 @@ def test_w11_others_are_not_waited_for(stale: ModuleStore, caplog: pytest.LogCap
         connection.autocommit = False
         connection.execute("SELECT * FROM workspace_files FOR UPDATE")
         connection.execute("INSERT INTO notes VALUES (1)")
-        assert not readers_of(stale)
+        assert not writers_of(stale)
         stale.warm()
     assert "waiting for transactions" not in caplog.text
 
 
-def readers_of(store: ModuleStore) -> frozenset[module_source.OpenWriter]:
+def writers_of(store: ModuleStore) -> OpenWriters:
     """The open writers that a warm would see now."""
-    with store.database.connect() as connection:
-        return module_source.open_writers(connection, module_source.WORKSPACE_FILES)
+    with row_reader(store.settings, answer_timeout=10) as reader:
+        return reader.open_writers()
 
 
 def test_w11_many_requests(stale: ModuleStore) -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, strategies as st
 
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, WarmError
 from bifrost_bootstrap.servers import redis_server
-from bifrost_bootstrap.warm.cache import TAIL, Marker, _rights_named, entry, tail
-from bifrost_bootstrap.warm.diff import CacheDiff, parse_sha256
-from bifrost_bootstrap.warm.step import BATCH_SIZE, ENTRY_BYTES, _batches
+from bifrost_bootstrap.warm.cache import TAIL, Marker, entry, rights_named, tail
+from bifrost_bootstrap.warm.comparison import parse_sha256
+from bifrost_bootstrap.warm.diff import CacheDiff
+from bifrost_bootstrap.warm.staging import BATCH_SIZE, ENTRY_BYTES, _batches
 
 HASH = "0123456789abcdef" * 4
 #: Characters of UTF-8 text.
@@ -69,7 +70,7 @@ def test_what_redis_6_2_says_of_a_script(said: str, error: type[BootstrapError],
     with (
         pytest.raises(error, match=named),
         redis_server.translated("redis://h/0"),
-        _rights_named("local call = redis.call\ncall('RENAME', 'k', 'k')"),
+        rights_named("local call = redis.call\ncall('RENAME', 'k', 'k')"),
     ):
         raise redis.ResponseError(words)
 
@@ -79,15 +80,15 @@ def test_what_redis_6_2_says_of_a_script(said: str, error: type[BootstrapError],
 )
 def test_brake_needs_more_than_half_and_more_than_20(removed: int, indexed: int, shrinks: bool) -> None:
     """Both conditions, each one exceeded and not just reached."""
-    assert CacheDiff(removed=[b"x"] * removed, indexed=indexed).shrinks is shrinks
+    assert CacheDiff(removed={b"%d" % number: b"" for number in range(removed)}, indexed=indexed).shrinks is shrinks
 
 
 def test_difference_seen_twice() -> None:
     """What differs in both looks in the same way remains, under its kind; the totals are those of the later look."""
-    first = CacheDiff(added=[b"a"], changed=[b"c"], compared={b"a": b"", b"c": b"old"}, modules=1)
-    later = CacheDiff(added=[b"a", b"b"], changed=[b"c"], compared={b"a": b"", b"b": b"", b"c": b"new"}, modules=2)
+    first = CacheDiff(added={b"a": b""}, changed={b"c": b"old"}, modules=1)
+    later = CacheDiff(added={b"a": b"", b"b": b""}, changed={b"c": b"new"}, modules=2)
     both = first.confirmed_by(later)
-    assert (both.added, both.changed, both.compared, both.modules) == ([b"a"], [], {b"a": b""}, 2)
+    assert (both.added, both.changed, both.entries, both.modules) == ({b"a": b""}, {}, {b"a": b""}, 2)
 
 
 def test_marker_survives_its_journey() -> None:

@@ -68,7 +68,9 @@ def test_check_of_a_ready_deployment() -> None:
 def test_check_names_what_is_missing() -> None:
     """Pending revisions, differing paths (ten of each kind), rows that cannot be cached, invalid indexes are named."""
     diff = CacheDiff(
-        added=[b"%d.py" % number for number in range(12)], removed=[b"a\nb.py"], odd=[("index", "collides")]
+        added={b"%d.py" % number: b"" for number in range(12)},
+        removed={b"a\nb.py": b""},
+        rejected=[("index", "collides")],
     )
     text = str(summary.of_check(Readiness(AT_HEAD, diff, None, 1), Diagnostics("", {"broken": "REINDEX broken"})))
     assert text.startswith("not ready: module cache differs: 12 added, 1 removed\n")
@@ -92,7 +94,7 @@ def test_check_of_a_schema_that_cannot_be_migrated() -> None:
 
 def test_plan_of_what_is_pending() -> None:
     """The headline says what init would do; the rows name revisions and modules, and the shrink limit."""
-    diff = CacheDiff(added=[b"new.py"], removed=[b"%d.py" % number for number in range(21)], indexed=30)
+    diff = CacheDiff(added={b"new.py": b""}, removed={b"%d.py" % number: b"" for number in range(21)}, indexed=30)
     text = str(summary.of_plan(Plan(BEHIND, diff, bytes=1400, no_sql="it reads")))
     assert text.startswith("init would apply 1 revisions and end with 2: it removes 21 of 30 entries\n")
     assert "pending 0002  Index the modules" in text
@@ -105,7 +107,7 @@ def test_plan_of_what_is_pending() -> None:
 def test_plan_of_nothing_and_of_what_cannot_be() -> None:
     """Nothing to do says so; a schema that cannot be migrated says how an init would end."""
     assert Plan(AT_HEAD, CacheDiff()).headline == "nothing to do"
-    assert Plan(AT_HEAD, CacheDiff(expiring=[b"a"])).headline == "init would warm the module cache"
+    assert Plan(AT_HEAD, CacheDiff(ttl_only={b"a": b""})).headline == "init would warm the module cache"
     assert Plan(SchemaState("empty_tree", (), ())).headline.startswith("init would end with 1: schema: ")
     assert Plan(BEHIND, no_diff="no table").headline == "init would apply 1 revisions and warm the module cache"
     assert Plan(AT_HEAD, no_diff="no table").headline == "init would end with 2: no table"
