@@ -70,7 +70,7 @@ def refused(run_bootstrap: RunBootstrap, env: dict[str, str], server: str, trust
     )
     assert done.returncode == 78, done.stderr
     found = re.search(
-        rf"ERROR .*init: (TLS certificate of {server} 127.0.0.1:.* was rejected: .*); what to do: name the CA",
+        rf"ERROR .*init: (TLS certificate of {server} 127.0.0.1:.* was rejected: .*); what to do: correct the CA",
         done.stderr,
     )
     assert found, done.stderr
