@@ -1,4 +1,6 @@
-"""An engine, the image under test, a stand-in for the platform's; all that is made here is removed again."""
+"""A container engine, the image under test, and a stand-in for the platform's image. Everything is removed
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ IMAGE, STANDIN = f"{RUN}:bootstrap", f"{RUN}:standin"
 
 @pytest.fixture(scope="session")
 def engine() -> None:
-    """An engine with Compose. Without one: a failure in CI with `DOCKER_HOST` set, otherwise a skip."""
+    """An engine with Compose. Without one, the test is skipped; in CI with `DOCKER_HOST` set it fails."""
     try:
         run("docker", "version")
         run("docker", "compose", "version")
@@ -32,7 +34,7 @@ def engine() -> None:
 
 @pytest.fixture(scope="session")
 def image(engine: None) -> Iterator[str]:
-    """The image of this checkout, built as Compose builds it."""
+    """The image of this checkout, built with Compose."""
     build = Stack(RUN, ("docker-compose.dev.yml",), {"BIFROST_DEV_IMAGE": IMAGE})
     build.compose("build", "init")
     yield IMAGE
@@ -41,7 +43,7 @@ def image(engine: None) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def standin(image: str) -> Iterator[str]:
-    """An image that plays the platform's: it imports a module from the cache or fails."""
+    """An image in place of the platform's: it imports a module from the cache or fails."""
     argument = f"BOOTSTRAP_IMAGE={image}"
     dockerfile = CHECKOUT / "tests/compose/standin/Dockerfile"
     run(
@@ -54,7 +56,7 @@ def standin(image: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def secrets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Secrets as an operator makes them."""
+    """The secrets that make-secrets writes."""
     folder = tmp_path_factory.mktemp("stack") / "secrets"
     run(CHECKOUT / "deploy/compose/make-secrets", folder)
     return folder
@@ -62,7 +64,7 @@ def secrets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def open_stack(image: str, standin: str, secrets_folder: Path) -> OpenStack:
-    """Opens stacks that are removed with everything in them."""
+    """Open a stack. It is removed with everything in it."""
 
     @contextmanager
     def opened(name: str, *files: str, **variables: str) -> Iterator[Stack]:
@@ -91,7 +93,7 @@ def open_stack(image: str, standin: str, secrets_folder: Path) -> OpenStack:
 
 @pytest.fixture(scope="session")
 def open_folder(engine: None, tmp_path_factory: pytest.TempPathFactory) -> OpenFolder:
-    """Opens folders as a new user has them; what their stacks made is removed."""
+    """Open a fresh clone. Whatever its stacks created is removed."""
 
     @contextmanager
     def opened(name: str, variables: Mapping[str, str], make: Callable[[Path], Path] = clone) -> Iterator[Stack]:

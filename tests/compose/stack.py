@@ -1,4 +1,4 @@
-"""One Compose project of its own, from the files of this checkout."""
+"""A Compose project from the files of this checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The override for the platform's own Compose file, as Compose merges it. No container is started."""
+"""The override for the platform's Compose file, as Compose merges it. No container is started."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def services(*files: Path) -> dict[str, Any]:
 
 
 def test_the_override_changes_init_and_nothing_else() -> None:
-    """The override keeps the variables and waits of the platform's `init`, adds ours, leaves all other services."""
+    """The override keeps variables and dependencies of the platform's `init`, adds ours, and changes no other
+    service.
+    """
     before, after = services(PLATFORM), services(PLATFORM, OVERRIDE)
     old, new = before.pop("init"), after.pop("init")
     assert after == before
@@ -58,8 +60,8 @@ def test_the_override_changes_init_and_nothing_else() -> None:
     assert {key: old[key] for key in old.keys() - changed} == {key: new[key] for key in new.keys() - changed}
 
 
-def test_an_init_that_is_built_is_built_no_longer(tmp_path: Path) -> None:
-    """Where the platform builds the image of `init`, `up --build` must not give that build the name of our image."""
+def test_the_override_removes_the_build_of_init(tmp_path: Path) -> None:
+    """If the platform builds the image of `init`, `up --build` does not tag that image with the name of ours."""
     platform = yaml.safe_load(PLATFORM.read_text())
     del platform["services"]["init"]["image"]
     platform["services"]["init"]["build"] = {"context": ".", "dockerfile": "api/Dockerfile"}
@@ -72,5 +74,5 @@ def test_an_init_that_is_built_is_built_no_longer(tmp_path: Path) -> None:
 
 
 def test_every_variable_of_the_override_is_a_setting() -> None:
-    """The override sets no variable that the package does not read."""
+    """The override sets only variables that the package reads."""
     assert ADDED.keys() <= {f"BIFROST_{name.upper()}" for name in Settings.model_fields}

@@ -1,4 +1,4 @@
-"""docker-compose.dev.yml, which stands alone."""
+"""docker-compose.dev.yml, which is used alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PORTS = {"postgres": 5432, "pgbouncer": 5432, "redis": 6379, "rabbitmq": 5672, "
 
 
 def test_development_needs_no_settings(open_stack: OpenStack) -> None:
-    """Without any setting init exits 0 from the mounted source, and ports are open on 127.0.0.1 only."""
+    """Without any setting, init exits 0 from the mounted source, and ports are open on 127.0.0.1 only."""
     free = {f"{name}_PORT": "0" for name in ("POSTGRES", "PGBOUNCER", "REDIS", "RABBITMQ", "RABBITMQ_MANAGEMENT")}
     with open_stack(
         "dev", "docker-compose.dev.yml", BIFROST_SECRETS_DIR="", BIFROST_ALEMBIC_CONFIG="", **free

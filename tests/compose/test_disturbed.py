@@ -1,4 +1,4 @@
-"""Workers that come late or are killed, an init that is killed, and the end of the stack."""
+"""Workers that start late or are killed, an init that is killed, and the stop of the stack."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AT_GATE = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%gate WHERE%'
 
 @pytest.fixture(scope="module")
 def servers(open_stack: OpenStack) -> Iterator[Stack]:
-    """The servers alone."""
+    """Only the servers of a stack."""
     with open_stack("disturbed", "docker-compose.yml", "tests/compose/gated-tree.yml") as stack:
         stack.compose("up", "-d", "--wait", "postgres", "pgbouncer", "redis", "rabbitmq")
         yield stack
@@ -28,7 +28,7 @@ def servers(open_stack: OpenStack) -> Iterator[Stack]:
 
 @pytest.fixture
 def stack(servers: Stack) -> Stack:
-    """The servers with an empty database and an open gate; no container of ours."""
+    """The servers with an empty database and an open gate, without containers of ours."""
     servers.compose("rm", "--force", "--stop", "init", "bootstrap-worker", "flower")
     servers.sql(
         "DROP TABLE IF EXISTS gate, runs, workspace_files, alembic_version; CREATE TABLE gate AS SELECT false AS closed"
@@ -52,7 +52,7 @@ def wait_at_gate(stack: Stack) -> None:
 
 
 def test_workers_arrive_while_init_waits(stack: Stack) -> None:
-    """Init waits while there is no bootstrap worker, names what is missing, and ends with 0 after three have come."""
+    """Without a bootstrap worker, init waits and says so. It exits 0 after three workers have started."""
     stack.compose("up", "-d", "--scale", "bootstrap-worker=0", "init")
     wait_until(lambda: "no bootstrap worker" in stack.output("init"), "init says that a bootstrap worker is missing")
     stack.compose("up", "-d", "--no-deps", "--scale", "bootstrap-worker=3", "bootstrap-worker")
@@ -61,7 +61,7 @@ def test_workers_arrive_while_init_waits(stack: Stack) -> None:
 
 
 def test_bootstrap_worker_killed_during_a_migration(stack: Stack) -> None:
-    """The worker is killed in the middle of a migration: it is restarted, init ends with 0, the migration ran once."""
+    """The worker is killed during a migration and restarted: init exits 0, and the migration ran once."""
     close_gate(stack)
     stack.compose("up", "-d", "init")
     wait_at_gate(stack)
@@ -73,7 +73,7 @@ def test_bootstrap_worker_killed_during_a_migration(stack: Stack) -> None:
 
 
 def test_init_killed_during_a_migration(stack: Stack) -> None:
-    """Init is killed in the middle of a migration: the worker goes on, and the next `up` ends with 0."""
+    """Init is killed during a migration: the worker continues, and the next `up` exits 0."""
     close_gate(stack)
     stack.compose("up", "-d", "init")
     wait_at_gate(stack)
@@ -86,7 +86,7 @@ def test_init_killed_during_a_migration(stack: Stack) -> None:
 
 
 def test_stop_is_clean(stack: Stack, secrets_folder: Path) -> None:
-    """`stop` ends everything with 0 within the grace periods, also where a client is connected to PgBouncer."""
+    """`stop` ends every container with 0 within its grace period, also while a client is connected to PgBouncer."""
     stack.compose("up", "-d", "init", "flower")
     assert stack.wait("init") == 0, stack.output("init")
     stack.compose("up", "-d", "--wait", "--no-deps", "flower", "bootstrap-worker")

@@ -1,4 +1,4 @@
-"""What must not happen when init fails."""
+"""What must not happen if init fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
 
 def test_nothing_starts_after_a_broken_migration(open_stack: OpenStack) -> None:
-    """A revision that fails ends init with 1, `up` fails, and neither api nor worker is ever started."""
+    """A failed revision ends init with 1, `up` fails, and neither api nor worker starts."""
     with open_stack("broken", "docker-compose.yml", "tests/compose/broken-tree.yml") as stack:
         up = stack.compose("--profile", "bifrost", "up", "-d", check=False)
         assert up.returncode != 0, up.stderr

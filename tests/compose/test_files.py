@@ -1,4 +1,4 @@
-"""What the deployment files say twice, and what Compose says to who has set nothing. No engine is needed."""
+"""Values that the deployment files repeat, and errors of Compose for missing settings. No engine is needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEV_PASSWORDS = dict.fromkeys(re.findall(r"=\$\(password (\w+)\)", MAKE_SECRETS.
 
 
 def test_every_setting_in_the_files_is_one() -> None:
-    """No Compose file and no .env.example names a setting that the package does not read."""
+    """The Compose files and .env.example name only settings that the package reads."""
     settings = {f"BIFROST_{name.upper()}" for name in Settings.model_fields}
     for file in (SERVICES, COMPOSE, CHECKOUT / "docker-compose.dev.yml", CHECKOUT / ".env.example"):
         named = set(re.findall(r"\bBIFROST_[A-Z_]+\b", file.read_text()))
@@ -42,7 +42,7 @@ def test_every_setting_in_the_files_is_one() -> None:
 
 
 def test_every_variable_of_the_example_has_a_reader() -> None:
-    """Each variable of .env.example stands in a Compose file, so that setting it has an effect."""
+    """Each variable of .env.example is used in a Compose file."""
     example = re.findall(r"^#?([A-Z_]+)=", (CHECKOUT / ".env.example").read_text(), re.MULTILINE)
     assert len(example) > 10
     read = SERVICES.read_text() + COMPOSE.read_text()
@@ -50,7 +50,7 @@ def test_every_variable_of_the_example_has_a_reader() -> None:
 
 
 def test_passwords_are_required() -> None:
-    """Without settings Compose refuses and says what to do."""
+    """Without settings, Compose fails and says what to do."""
     if not shutil.which("docker") or run("docker", "compose", "version", check=False).returncode:
         pytest.skip("no docker compose on this machine")
     refused = run("docker", "compose", "--env-file", "/dev/null", "-f", COMPOSE, "config", check=False)
@@ -60,7 +60,7 @@ def test_passwords_are_required() -> None:
 
 
 def test_development_is_a_project_of_its_own() -> None:
-    """`down -v` of the one does not delete the volumes of the other, and neither builds the image of the other."""
+    """The two files are different projects: neither deletes the volumes or builds the image of the other."""
     dev, stack = (yaml.safe_load(file.read_text()) for file in (CHECKOUT / "docker-compose.dev.yml", COMPOSE))
     assert dev["name"] == "bifrost-bootstrap-dev"
     assert "name" not in stack  # that of its folder, for whoever has a stack already
@@ -80,7 +80,7 @@ def test_development_secrets_are_what_make_secrets_writes(tmp_path: Path) -> Non
 
 
 def test_s02_the_rights_are_those_of_the_page(tmp_path: Path) -> None:
-    """Compose gives our users the rights of docs/security.md, word by word."""
+    """Compose gives our users exactly the rights of docs/security.md."""
     run(MAKE_SECRETS, tmp_path / "made")
     granted = commands("postgres").partition("'END'\n")[2].replace("END\n", "")
     roles = (CHECKOUT / "deploy/compose/postgres-roles.sql").read_text()
@@ -97,7 +97,7 @@ def test_s02_the_rights_are_those_of_the_page(tmp_path: Path) -> None:
 
 
 def test_make_secrets_keeps_what_is_there(tmp_path: Path) -> None:
-    """A second run changes nothing, the folder is closed to others, and each run makes other passwords."""
+    """A second run changes nothing, other users cannot enter the folder, and each new folder has new passwords."""
     script = CHECKOUT / "deploy/compose/make-secrets"
     first, second = tmp_path / "first", tmp_path / "second"
     run(script, first)
@@ -110,7 +110,7 @@ def test_make_secrets_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 def test_make_secrets_refuses_what_needs_quoting(tmp_path: Path) -> None:
-    """A password with a character that a URL or a configuration file would read otherwise is refused."""
+    """make-secrets rejects a password with a character that a URL or a configuration file would need to quote."""
     script = CHECKOUT / "deploy/compose/make-secrets"
     refused = run(script, tmp_path / "made", check=False, variables={"REDIS_PASSWORD": "not@safe"})
     assert refused.returncode == 64

@@ -1,4 +1,4 @@
-"""The image by itself."""
+"""The image alone."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ STRICT = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileg
     ids=" ".join,
 )
 def test_any_command_can_follow(image: str, command: tuple[str, ...]) -> None:
-    """The entry point is a minimal init, so the command, the module and Celery all work as command."""
+    """The entry point is a minimal init process, so our command, the module and Celery work as commands."""
     assert run("docker", "run", "--rm", *STRICT, image, *command).stdout.strip()
 
 
 def test_exit_codes_come_through(image: str) -> None:
-    """Init without settings ends with 78, also as the child of the minimal init."""
+    """Init without settings exits with 78, also as the child of the minimal init process."""
     result = run("docker", "run", "--rm", *STRICT, image, check=False)
     assert result.returncode == 78, result.stderr
     assert "BIFROST_DATABASE_URL" in result.stderr
 
 
 def test_user_and_labels(image: str) -> None:
-    """The image names its user by number and carries the labels of the OCI."""
+    """The image has a numeric user and the OCI labels."""
     config = json.loads(run("docker", "image", "inspect", image).stdout)[0]["Config"]
     assert config["User"] == "10001:10001"
     assert config["Labels"]["org.opencontainers.image.title"] == "bifrost-bootstrap"
@@ -48,7 +48,7 @@ def test_user_and_labels(image: str) -> None:
 
 
 def test_the_release_says_what_it_is(engine: None, tmp_path: Path) -> None:
-    """CONTRIBUTING's commands for a release make a wheel, and an image labelled with version and commit."""
+    """The release commands of CONTRIBUTING make a wheel, and an image with labels for version and commit."""
     folder = clone(tmp_path / "project")
     (folder / ".venv").symlink_to(sys.prefix)
     block = re.sub(r"\b(?<=[:=])VERSION\b", RUN, fence("CONTRIBUTING.md", "compose: release").text)
@@ -63,7 +63,7 @@ def test_the_release_says_what_it_is(engine: None, tmp_path: Path) -> None:
 
 
 def test_everything_is_compiled_and_nothing_builds(image: str) -> None:
-    """Each module that a start imports has its bytecode in the image, and what has built it is not left in it."""
+    """Each module that a start imports is compiled in the image, and the image has no build tool."""
     imported = (
         "import sys, alembic.command, celery.bin.celery, celery.worker, kombu, psycopg, redis, "
         "sqlalchemy, bifrost_bootstrap.__main__\n"
@@ -78,7 +78,7 @@ def test_everything_is_compiled_and_nothing_builds(image: str) -> None:
 
 
 def test_the_base_stays_as_it_was(image: str) -> None:
-    """Nothing of ours is in the base image's own Python: its pip, which stays, finds none of our packages."""
+    """The Python of the base image is unchanged: its pip finds none of our packages."""
     found = run(
         "docker", "run", "--rm", *STRICT, image, "/usr/local/bin/python", "-m", "pip", "list", "--format", "json"
     )

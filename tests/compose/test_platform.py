@@ -1,4 +1,4 @@
-"""The bootstrap image built upon the platform's own: with our Compose files, and beside somebody's."""
+"""The bootstrap image on top of the platform's image: with our Compose files, and beside other ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OWN_PACKAGES = "import alembic, sqlalchemy; print(alembic.__version__, sqlalchem
 
 @pytest.fixture(scope="module")
 def platform(engine: None) -> Iterator[str]:
-    """An image with its own Python, its own older packages and migrations."""
+    """An image with its own Python, older packages and migrations."""
     dockerfile = CHECKOUT / "tests/compose/platform/Dockerfile"
     run("docker", "build", "-q", "-t", PLATFORM, "-f", dockerfile, CHECKOUT / "tests/foreign_tree")
     yield PLATFORM
@@ -43,7 +43,7 @@ def platform(engine: None) -> Iterator[str]:
 
 @pytest.fixture
 def editor(tmp_path: Path) -> str:
-    """A program that does to `.env` what its comments say: the platform's block, with its images, for one line."""
+    """A program that edits `.env` as its comments say: the block for the platform, with other images."""
     block = EXAMPLE.read_text().partition("# For the platform")[2].partition("\n\n")[0]
     assert set(re.findall("(?m)^#([A-Z_]+)=", block)) == {*IMAGES, *SETTINGS}
     edits = ["/^BIFROST_ALEMBIC_CONFIG=builtin$/d", r"/^# For the platform/,/^$/ s/^#\([A-Z]\)/\1/"]
@@ -57,7 +57,7 @@ def editor(tmp_path: Path) -> str:
 def test_upon_the_platforms_image_its_own_packages_run_its_migrations(
     platform: str, editor: str, open_folder: OpenFolder
 ) -> None:
-    """After the first deploy of docs/operations.md its tree is applied, and its packages are as they were."""
+    """After the first deploy of docs/operations.md, the platform's tree is applied and its packages are unchanged."""
     own = run("docker", "run", "--rm", platform, "python", "-c", OWN_PACKAGES).stdout
     assert own.startswith("1.13.")
     servers = {"BIFROST_API_COMMAND": SERVER, "BIFROST_WORKER_COMMAND": SERVER}
@@ -82,7 +82,9 @@ def somebodys_project(folder: Path) -> Path:
 
 
 def test_ten_lines_in_front_of_an_api(platform: str, open_folder: OpenFolder) -> None:
-    """With the image and the ten lines of docs/adopting.md an API starts after init; both are taken out as it says."""
+    """With the image and the ten lines of docs/adopting.md an API starts after init. Both can be removed as
+    described.
+    """
     with borrowed(API, INIT), open_folder("adopting", {}, somebodys_project) as stack:
         run("docker", "tag", platform, API)
         run("sh", "-euc", fence("docs/adopting.md", "compose: build").text)
@@ -120,7 +122,7 @@ def the_platforms_project(folder: Path) -> Path:
 
 
 def test_the_platforms_own_file_starts_behind_our_init(platform: str, open_folder: OpenFolder) -> None:
-    """With the override of docs/adopting.md the platform's service `init` is ours, and its API starts after it."""
+    """With the override of docs/adopting.md, the platform's service `init` is ours, and its API starts after it."""
     passwords = dict.fromkeys(("POSTGRES_PASSWORD", "RABBITMQ_PASSWORD", "BIFROST_SECRET_KEY"), "bifrost")
     with borrowed(API, INIT), open_folder("platforms-own", passwords, the_platforms_project) as stack:
         run("docker", "tag", platform, API)

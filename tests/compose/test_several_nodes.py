@@ -1,4 +1,4 @@
-"""The example of three RabbitMQ nodes and a PostgreSQL with a standby: one of each is lost, and init goes on."""
+"""The example of three RabbitMQ nodes and a PostgreSQL with a standby: one of each is lost, and init succeeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def queue_members(stack: Stack) -> set[frozenset[str]]:
 
 
 def test_a_node_of_each_is_lost(open_stack: OpenStack) -> None:
-    """Each queue has a copy on every node; without the first node and the primary the next init ends 0."""
+    """Each queue has a copy on every node. Without the first node and the primary, the next init exits 0."""
     with open_stack("nodes", *FILES) as stack:
         stack.compose("up", "-d")
         assert stack.wait("init") == 0, stack.output("init")

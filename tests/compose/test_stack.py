@@ -1,4 +1,4 @@
-"""The stack as an operator runs it, in a fresh clone with the README's commands."""
+"""The stack in a fresh clone, with the commands of the README."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ IMAGE = f"{RUN}:tried-out"
 
 @pytest.fixture(scope="module")
 def gated(open_folder: OpenFolder, standin: str) -> Iterator[tuple[Stack, dict[str, Any]]]:
-    """Up as the README says; then a module in the database, and up with the platform, and how init had ended then."""
+    """A stack as in the README, with a module in the database and the platform, and the state of init when the
+    platform started.
+    """
     command = "python standin.py"
     variables = {
         "BIFROST_BOOTSTRAP_IMAGE": IMAGE,
@@ -48,13 +50,13 @@ def gated(open_folder: OpenFolder, standin: str) -> Iterator[tuple[Stack, dict[s
 
 @pytest.fixture(scope="module")
 def stack(gated: tuple[Stack, dict[str, Any]]) -> Stack:
-    """The stack alone."""
+    """The stack of `gated`."""
     return gated[0]
 
 
 @pytest.fixture(scope="module")
 def secrets_made(stack: Stack) -> Path:
-    """The folder of its secrets."""
+    """The folder with the secrets of the stack."""
     return stack.folder / "secrets"
 
 
@@ -74,7 +76,7 @@ def platform(folder: Path) -> dict[str, str]:
 def test_dependents_start_after_init_and_import_from_the_cache(
     gated: tuple[Stack, dict[str, Any]], service: str
 ) -> None:
-    """What depends on init starts after its exit code 0 and finds a complete cache."""
+    """Services that depend on init start after its exit code 0 and find a complete cache."""
     stack, init = gated
     dependent = stack.inspect(service)["State"]
     assert (init["Status"], init["ExitCode"]) == ("exited", 0)
@@ -92,7 +94,7 @@ def test_dependents_start_after_init_and_import_from_the_cache(
 
 
 def test_second_up_finds_nothing_to_do(stack: Stack) -> None:
-    """`up` on a stack that is up runs init again, which applies no revision and changes no entry."""
+    """A second `up` runs init again, which applies no revision and changes no entry."""
     before = stack.inspect("init")["State"]["StartedAt"]
     stack.compose("up", "-d")
     assert stack.wait("init") == 0, stack.output("init")
@@ -101,7 +103,7 @@ def test_second_up_finds_nothing_to_do(stack: Stack) -> None:
 
 
 def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack, secrets_made: Path) -> None:
-    """`celery call` in the worker's container warms a new module; `celery result` shows what was done."""
+    """`celery call` in the worker's container warms a new module, and `celery result` shows the counts."""
     stack.write_module("by_hand.py", "NUMBER = 7")
     task = stack.paste(fence("docs/operations.md", "compose: call by hand")).strip()
     shown = stack.in_worker("celery", "-A", "bifrost_bootstrap", "result", task)
@@ -112,7 +114,7 @@ def test_call_by_hand_rewarms_and_result_shows_counts(stack: Stack, secrets_made
 
 
 def test_everything_that_stays_becomes_healthy(stack: Stack) -> None:
-    """`up --wait` on the services that stay succeeds: each health check passes, also the worker's file."""
+    """`up --wait` succeeds for the long-running services: each health check passes."""
     staying = ("postgres", "pgbouncer", "redis", "rabbitmq", "bootstrap-worker", "flower")
     stack.compose("up", "-d", "--wait", "--no-deps", *staying)
     assert {name: stack.inspect(name)["State"]["Health"]["Status"] for name in staying} == dict.fromkeys(
@@ -121,7 +123,7 @@ def test_everything_that_stays_becomes_healthy(stack: Stack) -> None:
 
 
 def test_health_of_the_worker_is_the_age_of_its_file(stack: Stack) -> None:
-    """The worker's health check fails where the file that the heartbeat touches is old or missing."""
+    """The health check of the worker fails if its health file is old or missing."""
     check = stack.inspect("bootstrap-worker")["Config"]["Healthcheck"]["Test"][1]
     script = f"BIFROST_WORKER_HEALTH_FILE=/tmp/copy; {check}"
     for prepare, code in (
@@ -144,7 +146,7 @@ def test_our_containers_have_no_rights(stack: Stack, service: str) -> None:
 
 
 def test_no_password_in_inspect_or_logs(stack: Stack, secrets_made: Path) -> None:
-    """No password shows in `docker inspect` or in any log, but where the platform reads its environment."""
+    """No password is in `docker inspect` or in a log, except in the environment of the platform."""
     secret = passwords(secrets_made)
     assert len(secret) == 12
     # The positive control: this search does find them where they are.
@@ -157,7 +159,7 @@ def test_no_password_in_inspect_or_logs(stack: Stack, secrets_made: Path) -> Non
 
 
 def test_s02_nobody_of_ours_is_an_administrator(stack: Stack, secrets_made: Path) -> None:
-    """Our processes log in as the users of docs/security.md, the platform as others, and nobody as superuser."""
+    """Our processes log in as the users of docs/security.md, the platform as others, none as superuser."""
     stack.in_worker("bifrost-bootstrap", "check")
     sessions = "SELECT DISTINCT usename FROM pg_stat_activity WHERE client_addr IS NOT NULL"
     assert set(stack.sql(sessions, "postgres").split()) == {"bifrost_migrate", "bifrost_read"}
@@ -176,7 +178,7 @@ def test_s02_nobody_of_ours_is_an_administrator(stack: Stack, secrets_made: Path
 
 
 def test_s02_the_platform_writes_rows_and_entries(stack: Stack, secrets_made: Path) -> None:
-    """The platform's role writes rows and changes no table, its Redis user writes entries and no configuration."""
+    """The platform's role writes rows but no DDL. Its Redis user writes entries but no configuration."""
     stack.sql("INSERT INTO workspace_files (path, content) VALUES ('row', ''); DELETE FROM workspace_files", "bifrost")
     with pytest.raises(AssertionError, match="must be owner of table workspace_files"):
         stack.sql("DROP TABLE workspace_files", "bifrost")
@@ -187,14 +189,14 @@ def test_s02_the_platform_writes_rows_and_entries(stack: Stack, secrets_made: Pa
 
 
 def test_the_tree_has_the_platforms_key(stack: Stack, secrets_made: Path) -> None:
-    """The worker, which runs the platform's `env.py`, has BIFROST_SECRET_KEY in its environment, as API and worker."""
+    """The worker, which runs the platform's `env.py`, has BIFROST_SECRET_KEY like API and worker of the platform."""
     key = platform(secrets_made)["BIFROST_SECRET_KEY"]
     environ = stack.in_worker("sh", "-c", "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep SECRET_KEY")
     assert set(environ.split()) == {f"BIFROST_SECRET_KEY={key}"}
 
 
 def test_flower_wants_its_password(stack: Stack, secrets_made: Path) -> None:
-    """Flower listens on 127.0.0.1 only, refuses who has no password, and shows our tasks to who has."""
+    """Flower listens on 127.0.0.1 only, rejects requests without password, and shows our tasks."""
     stack.compose("up", "-d", "--wait", "--no-deps", "flower")
     address = stack.compose("port", "flower", "5555").stdout.strip()
     assert address.startswith("127.0.0.1:")
@@ -209,7 +211,7 @@ def test_flower_wants_its_password(stack: Stack, secrets_made: Path) -> None:
 
 
 def test_a_newer_postgresql_keeps_its_data_elsewhere(open_stack: OpenStack) -> None:
-    """PostgreSQL 18 starts with the volume where its images want it, and its data lies in it."""
+    """PostgreSQL 18 starts with the volume in the place that its image expects."""
     with open_stack(
         "newer", "docker-compose.yml", POSTGRES_IMAGE="postgres:18", POSTGRES_VOLUME="/var/lib/postgresql"
     ) as stack:

@@ -1,4 +1,4 @@
-"""What the documents' `kubectl` does where there is no cluster: the real one what it can without, podman the rest."""
+"""The `kubectl` commands of the documents without a cluster: kubectl itself where it needs none, else podman."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""podman with the images under test, servers in one network, a database for each test; all of it removed again."""
+"""podman with the images under test, servers in one network, a database for each test. Everything is removed
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ IMAGE, STANDIN = f"{RUN}:bootstrap", f"{RUN}:standin"
 
 @pytest.fixture(scope="session")
 def podman() -> None:
-    """A podman that works, and kubectl. Without them a failure in CI, otherwise a skip."""
+    """A working podman, and kubectl. Without them the test is skipped; in CI it fails."""
     faults = [] if not kubectl() else [kubectl()]
     if not shutil.which("podman"):
         faults += ["there is no podman"]
@@ -34,7 +36,7 @@ def podman() -> None:
 
 @pytest.fixture(scope="session")
 def builder(podman: None) -> str:
-    """Who builds: the container engine of the Compose tests where one answers, else podman itself."""
+    """The program that builds images: the container engine of the Compose tests, or podman."""
     answers = shutil.which("docker") and run("docker", "version", check=False).returncode == 0
     return "docker" if answers else "podman"
 
@@ -50,7 +52,7 @@ def copy_to_podman(image: str) -> None:
 
 @pytest.fixture(scope="session")
 def images(builder: str) -> Iterator[tuple[str, str]]:
-    """Names in podman of the image of this checkout, and of a stand-in for the platform's."""
+    """The names in podman of the image of this checkout, and of a stand-in for the platform's."""
     standin = ("--build-arg", f"BOOTSTRAP_IMAGE={IMAGE}", "-f", CHECKOUT / "tests/compose/standin/Dockerfile")
     run(builder, "build", "-q", "-t", IMAGE, CHECKOUT)
     run(builder, "build", "-q", "-t", STANDIN, *standin, CHECKOUT / "tests")
@@ -64,7 +66,7 @@ def images(builder: str) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def servers(builder: str) -> Iterator[None]:
-    """PostgreSQL, Redis and RabbitMQ in the network of this run; PostgreSQL is ready."""
+    """PostgreSQL, Redis and RabbitMQ in the network of this run. PostgreSQL is ready."""
     for image in (POSTGRES, REDIS, RABBITMQ):
         if builder != "podman" and run("podman", "image", "exists", image, check=False).returncode:
             copy_to_podman(image)
@@ -90,13 +92,13 @@ def servers(builder: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def redis_databases() -> Iterator[int]:
-    """A number for each test."""
+    """A Redis database number for each test."""
     return itertools.count()
 
 
 @pytest.fixture
 def place(images: tuple[str, str], servers: None, redis_databases: Iterator[int], tmp_path: Path) -> Place:
-    """An empty database and an empty Redis of this test's own."""
+    """An empty database and an empty Redis database."""
     number = next(redis_databases)
     place = Place(f"kube{number}", number, tmp_path, *images)
     run("podman", "exec", SERVERS["postgres"], "createdb", "-h", "127.0.0.1", "-U", "bifrost", place.name)
@@ -105,7 +107,7 @@ def place(images: tuple[str, str], servers: None, redis_databases: Iterator[int]
 
 @pytest.fixture
 def user_folder(place: Place) -> Path:
-    """Where a user stands who wrote the values of the Secret into files, as the documents say, in a clone of this."""
+    """A clone, and the values of the Secret in files, as the documents describe."""
     folder = place.folder / "user"
     folder.mkdir()
     (folder / "deploy").symlink_to(CHECKOUT / "deploy")
@@ -116,6 +118,6 @@ def user_folder(place: Place) -> Path:
 
 @pytest.fixture
 def play(place: Place) -> Iterator[Pods]:
-    """Makes Pods of this test's own."""
+    """Start Pods. They are removed after the test."""
     with Pods(place) as pods:
         yield pods

@@ -1,4 +1,4 @@
-"""What deploy/kubernetes says: its variants as kustomize builds them, or its files as they are."""
+"""The manifests of deploy/kubernetes: variants as kustomize builds them, or single files."""
 
 from __future__ import annotations
 

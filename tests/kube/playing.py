@@ -1,4 +1,4 @@
-"""Plays Pods of the manifests with podman, against servers in one network; init containers run as in Kubernetes."""
+"""Run Pods of the manifests with podman and servers in one network. Init containers run as in Kubernetes."""
 
 from __future__ import annotations
 

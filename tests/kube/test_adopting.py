@@ -1,4 +1,4 @@
-"""The component for the platform's own manifests, as kustomize applies it. No cluster is needed."""
+"""The component for the platform's manifests, as kustomize applies it. No cluster is needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(folder: Path) -> list[Manifest]:
 
 @pytest.fixture
 def patched(tmp_path: Path) -> list[Manifest]:
-    """The stand-in's manifests behind the overlay of docs/adopting.md."""
+    """The manifests of the stand-in with the overlay of docs/adopting.md."""
     shutil.copytree(PLATFORM, tmp_path / "bifrost/k8s")
     shutil.copytree(COMPONENT, tmp_path / "bifrost_bootstrap/deploy/platform")
     (tmp_path / "kustomization.yaml").write_text(fence("docs/adopting.md", "kube: platform overlay").text)
@@ -41,7 +41,7 @@ def patched(tmp_path: Path) -> list[Manifest]:
 
 
 def test_the_component_changes_the_init_container_and_nothing_else(patched: list[Manifest]) -> None:
-    """The component replaces the init container, and every other object and container differs in its image tag only."""
+    """The component replaces the init container. Elsewhere only image tags differ."""
     text = yaml.safe_dump_all(build(PLATFORM)).replace(API.replace("1.4.0", "latest"), API)
     before = list(yaml.safe_load_all(text))
     old, new = (named(manifests, "Deployment", "bifrost-api") for manifests in (before, patched))
@@ -57,7 +57,9 @@ def test_the_component_changes_the_init_container_and_nothing_else(patched: list
 
 
 def test_the_init_container_is_valid_and_restricted(patched: list[Manifest]) -> None:
-    """The patched Deployment keeps to the schema, its variables are settings, and a rollout outlives init."""
+    """The patched Deployment is valid, its variables are settings, and the rollout deadline is longer than
+    that of init.
+    """
     api = named(patched, "Deployment", "bifrost-api")
     for version in ("1.29", "1.37"):
         assert kubernetes_validate.validate(api, version, strict=True) == version
@@ -70,7 +72,7 @@ def test_the_init_container_is_valid_and_restricted(patched: list[Manifest]) -> 
 
 
 def test_our_examples_take_no_secret_of_the_platform() -> None:
-    """No Secret or ConfigMap of deploy/kubernetes has the name of one of the platform's, whose keys are others."""
+    """No Secret or ConfigMap of deploy/kubernetes has the name of one of the platform."""
     platform = {one["metadata"]["name"] for one in read(PLATFORM / "manifests.yaml") if one["kind"] != "Deployment"}
     for file in EXAMPLES.glob("*/*.yaml"):
         for one in read(file):

@@ -1,4 +1,4 @@
-"""What the manifests of deploy/kubernetes must be, and what they say twice. No podman is needed."""
+"""Rules for the manifests of deploy/kubernetes, and values that they repeat. No podman is needed."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def ours() -> list[tuple[str, Manifest]]:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_manifests_are_valid(version: str) -> None:
-    """Each manifest keeps to the schema of this Kubernetes version, with no field that it does not know."""
+    """Each manifest is valid for this Kubernetes version, without unknown fields."""
     assert len(MANIFESTS) >= 10
     for manifest in MANIFESTS:
         assert kubernetes_validate.validate(manifest, version, strict=True) == version
 
 
 def test_the_schemas_refuse_what_is_wrong() -> None:
-    """The validation would find a misspelt field deep in a Pod: the positive control of the test above."""
+    """Positive control of the test above: a misspelt field deep in a Pod is found."""
     worker = yaml.safe_load(yaml.safe_dump(named(WRITTEN, "Deployment", "bifrost-worker")))
     pod_of(worker)["containers"][0]["securityContext"]["runAsNonroot"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="runAsNonroot"):
@@ -77,7 +77,7 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
 @needs_kubectl
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_build_and_hold_the_platform(variant: str) -> None:
-    """Each variant builds without a warning, and API and worker have exactly one init container, which is ours."""
+    """Each variant builds without warning, and API and worker have exactly one init container, ours."""
     manifests = built(variant)
     for name in ("bifrost-api", "bifrost-worker"):
         (init,) = pod_of(named(manifests, "Deployment", name))["initContainers"]
@@ -87,7 +87,7 @@ def test_variants_build_and_hold_the_platform(variant: str) -> None:
 @needs_kubectl
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_overlay_sets_both_images(variant: str, tmp_path: Path) -> None:
-    """An overlay with names and tags of its own for the images of a variant changes every one."""
+    """An overlay with other image names and tags changes every image of a variant."""
     tags = {OURS: "registry.example/bootstrap:2", PLATFORM: "registry.example/api:2"}
     images = [
         dict(zip(("name", "newName", "newTag"), (name, *new.split(":")), strict=True)) for name, new in tags.items()
@@ -102,7 +102,7 @@ def test_an_overlay_sets_both_images(variant: str, tmp_path: Path) -> None:
 
 @needs_kubectl
 def test_the_overlay_of_the_page(tmp_path: Path) -> None:
-    """The overlay of docs/adopting.md, beside a clone, sets every image and the tree, and renames the ConfigMap."""
+    """The overlay of docs/adopting.md sets every image and the tree, and renames the ConfigMap."""
     shutil.copytree(FOLDER, tmp_path / "bifrost_bootstrap/deploy/kubernetes")
     (tmp_path / "kustomization.yaml").write_text(fence("docs/adopting.md", "kube: overlay").text)
     result = run("kubectl", "kustomize", tmp_path)
@@ -120,7 +120,7 @@ def test_the_overlay_of_the_page(tmp_path: Path) -> None:
 
 @needs_kubectl
 def test_s02_only_who_migrates_may() -> None:
-    """The URL of the role that migrates is given to those that run migrations, and to nobody else."""
+    """Only containers that run migrations get the URL of the role that migrates."""
     for variant in VARIANTS:
         for name, pod in pods(built(variant)):
             for container in containers(pod):
@@ -131,7 +131,7 @@ def test_s02_only_who_migrates_may() -> None:
 
 @needs_kubectl
 def test_somebody_fills_the_cache_in_every_variant() -> None:
-    """Where pods only wait there is a Job or a standing worker besides, else each pod brings its own worker."""
+    """In a variant whose Pods only wait there is a Job or a standing worker; else each Pod has its own worker."""
     does = {
         variant: {
             name: containers(pod)[0]["args"][1:]
@@ -153,7 +153,7 @@ def test_somebody_fills_the_cache_in_every_variant() -> None:
 
 
 def test_commands_are_ones() -> None:
-    """The command line accepts what our containers are given as arguments."""
+    """The command line accepts the arguments of our containers."""
     checked = 0
     for where, container in ours():
         program, name, *rest = container["args"]
@@ -168,7 +168,7 @@ def test_commands_are_ones() -> None:
 
 
 def test_every_setting_is_one() -> None:
-    """No manifest names a setting that the package does not read."""
+    """The manifests name only settings that the package reads."""
     settings = {f"BIFROST_{name.upper()}" for name in Settings.model_fields}
     named_in = set(re.findall(r"\bBIFROST_[A-Z_]+\b", yaml.safe_dump_all(MANIFESTS + WRITTEN)))
     named_in |= set(re.findall(r"\bBIFROST_[A-Z_]+(?==)", (EXAMPLES.parent / "base/kustomization.yaml").read_text()))
@@ -177,7 +177,7 @@ def test_every_setting_is_one() -> None:
 
 
 def test_every_secret_has_an_example() -> None:
-    """Each Secret and key that a manifest refers to stands in the example, and each secret file is mounted by name."""
+    """Each Secret and key of a manifest is in the example, and each secret file is mounted by name."""
     secrets = {
         one["metadata"]["name"]: set(one["stringData"]) for one in read(EXAMPLES / "bifrost-bootstrap-secrets.yaml")
     }
@@ -197,7 +197,7 @@ def test_every_secret_has_an_example() -> None:
 
 
 def test_the_example_of_several_nodes_names_them_all() -> None:
-    """Its URLs are read as three nodes of RabbitMQ and two of PostgreSQL, under keys that the manifests know."""
+    """Its URLs have three RabbitMQ nodes and two PostgreSQL hosts, under keys of the manifests."""
     (secret,) = read(EXAMPLES / "several-nodes.yaml")
     known = {
         one["metadata"]["name"]: set(one["stringData"]) for one in read(EXAMPLES / "bifrost-bootstrap-secrets.yaml")
@@ -210,7 +210,7 @@ def test_the_example_of_several_nodes_names_them_all() -> None:
 
 
 def test_the_job_knows_our_exit_codes() -> None:
-    """The Job gives up at once after exactly the codes whose retry does not help, as the README has them."""
+    """The Job gives up at once after exactly the exit codes that a retry does not help (README)."""
     rows = re.findall(r"^\| ([\d, ]+) \|.*\| ?(\w*) \|$", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
     retry = {ExitCode(int(code)): helps for codes, helps in rows for code in codes.split(",")}
     assert set(retry) == set(ExitCode)
@@ -225,7 +225,7 @@ def test_the_job_knows_our_exit_codes() -> None:
 
 @needs_kubectl
 def test_a_rollout_outlives_init() -> None:
-    """No rollout counts as failed while an init may still be at work."""
+    """The rollout deadline is longer than that of init."""
     for variant in VARIANTS:
         settings = named(built(variant), "ConfigMap", "bifrost-bootstrap")["data"]
         for name in ("bifrost-api", "bifrost-worker"):
@@ -234,7 +234,7 @@ def test_a_rollout_outlives_init() -> None:
 
 
 def test_pods_keep_to_the_restricted_standard() -> None:
-    """Every Pod meets Kubernetes' restricted standard, has no token, and sets requests and limits."""
+    """Every Pod meets the restricted Pod security standard, has no token, and sets requests and limits."""
     for name, pod in pods(MANIFESTS):
         assert pod["automountServiceAccountToken"] is False, name
         assert pod["enableServiceLinks"] is False, name
@@ -251,7 +251,7 @@ def test_pods_keep_to_the_restricted_standard() -> None:
 
 
 def test_our_containers_are_closer_still() -> None:
-    """Ours run as the image's user on a read-only root, with nothing writable but an emptyDir at /tmp."""
+    """Our containers run as the user of the image, with a read-only root and an emptyDir at /tmp."""
     user = re.search(r"^USER (\d+):(\d+)$", (CHECKOUT / "Dockerfile").read_text(), re.MULTILINE)
     assert user
     for where, container in ours():
@@ -275,7 +275,7 @@ def test_the_worker_lives_and_ends_as_in_compose() -> None:
 
 
 def test_labels_find_their_pods() -> None:
-    """Each selector of a Deployment, Service and NetworkPolicy finds a Pod that a manifest makes."""
+    """Each selector of a Deployment, Service and NetworkPolicy matches a Pod of a manifest."""
     labels = [one["spec"]["template"]["metadata"]["labels"] for one in MANIFESTS if "template" in one.get("spec", {})]
     names = {label["app.kubernetes.io/name"] for label in labels}
     for one in MANIFESTS:

@@ -1,4 +1,4 @@
-"""The Pods with their init containers: who starts, who does not, and what a killed init leaves behind."""
+"""The Pods with their init containers: which containers start, and what a killed init leaves behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMPORTED = "imported compose_probe.py from the cache: 1"
 
 
 def test_api_starts_after_init(play: Pods, user_folder: Path) -> None:
-    """The API's container starts after its init container has ended with 0, and imports from the cache."""
+    """The API starts after its init container has exited 0, and imports from the cache."""
     cluster = Cluster(play, user_folder, TREE)
     said = cluster.paste(fence("docs/operations.md", "kube: first deploy"))
     cluster.playing[WORKER].ends_well()
@@ -32,7 +32,7 @@ def test_api_starts_after_init(play: Pods, user_folder: Path) -> None:
 
 
 def test_api_does_not_start_after_a_broken_migration(play: Pods, user_folder: Path) -> None:
-    """After an init container that ended with 1 the API's container is never started, and it is seen why."""
+    """After an init container that exited with 1 the API never starts, and the Pod shows the reason."""
     cluster = Cluster(play, user_folder, BROKEN)
     cluster.paste(fence("README.md", "kube: by hand"))
     for playing in cluster.playing.values():
@@ -47,7 +47,7 @@ def test_api_does_not_start_after_a_broken_migration(play: Pods, user_folder: Pa
 
 
 def test_two_replicas_at_once(play: Pods, place: Place) -> None:
-    """Two replicas on an empty database both start, and each revision has run once."""
+    """Two replicas on an empty database start, and each revision has run once."""
     replicas = [play.pod("base", API, tree=TREE, number=number) for number in (1, 2)]
     for playing in [replica.play() for replica in replicas]:
         playing.ends_well()
@@ -56,7 +56,7 @@ def test_two_replicas_at_once(play: Pods, place: Place) -> None:
 
 
 def test_killed_during_init_and_started_again(play: Pods, place: Place) -> None:
-    """Killed in the middle of a migration, started again: it ends with 0, and the migration has run once."""
+    """Killed during a migration and started again: init exits 0, and the migration has run once."""
     place.sql("CREATE TABLE gate AS SELECT true AS closed")
     api = play.pod("base", API, tree=TREE)
     playing = api.play()
@@ -74,7 +74,7 @@ def test_killed_during_init_and_started_again(play: Pods, place: Place) -> None:
 
 
 def test_standing_worker_serves_init_and_those_that_wait(play: Pods, place: Place) -> None:
-    """Pods of the platform's worker wait for what the API's init brings about through the standing worker."""
+    """Pods of the platform's worker wait until the init of the API is done by the standing worker."""
     worker = play.pod("standing-worker", WORKER, tree=TREE)
     waiting = worker.play()
     wait_until(lambda: worker.runs("init"), "the worker's init container runs")
@@ -92,7 +92,7 @@ def test_standing_worker_serves_init_and_those_that_wait(play: Pods, place: Plac
 
 
 def test_the_jobs_pod_ends(play: Pods, place: Place) -> None:
-    """The Job's Pod migrates, warms, and ends with 0."""
+    """The Pod of the Job migrates, warms, and exits 0."""
     job = play.pod("job", "bifrost-init", kind="Job", tree=TREE)
     job.play().ends_well()
     wait_until(lambda: not job.runs("init"), "init ends")

@@ -1,4 +1,4 @@
-"""
+"""Tests with a checkout of the real platform: `make test-platform PLATFORM=… PLATFORM_PYTHON=…`.
 The whole against a checkout of the real platform: `make test-platform PLATFORM=… PLATFORM_PYTHON=…`.
 
 PLATFORM is a checkout of any version since 2026-01-08, PLATFORM_PYTHON an interpreter with its requirements. Its tree
@@ -216,12 +216,12 @@ class Platform:
 
 @pytest.fixture
 def platform(platform_folder: Path, servers: EmbeddedServers) -> Platform:
-    """Empty servers with the platform's own programs."""
+    """Empty servers, and the programs of the platform."""
     return Platform(platform_folder, servers)
 
 
 def test_schema_is_that_of_its_own_init(platform: Platform, servers: EmbeddedServers) -> None:
-    """From nothing to head as plain Alembic does it; a second init has nothing to do."""
+    """Init creates the same schema as plain Alembic. A second init has nothing to do."""
     result = platform.init()
     assert result["migrate"]["applied"]
     platform.query("CREATE DATABASE plain")
@@ -232,7 +232,7 @@ def test_schema_is_that_of_its_own_init(platform: Platform, servers: EmbeddedSer
 
 
 def test_modules_through_its_own_import_hook(platform: Platform) -> None:
-    """What we cached is imported by the platform, packages with and without `__init__.py`."""
+    """The platform imports our entries, packages with and without `__init__.py`."""
     platform.init()
     hook = (platform.folder / "src/services/execution/virtual_import.py").read_text()
     # The first versions of the hook knew no package without it.
@@ -243,7 +243,7 @@ def test_modules_through_its_own_import_hook(platform: Platform) -> None:
 
 
 def test_killed_behind_the_raw_commit(platform_folder: Path, servers: EmbeddedServers) -> None:
-    """A SIGKILL of the whole init at a random moment of the migration: the next init brings it to head."""
+    """SIGKILL of the whole init at a random moment of the migration: the next init reaches head."""
     generator = random.Random(15)
     administrator = Platform(platform_folder, servers)
     for number in range(KILLS):
@@ -258,7 +258,7 @@ def test_killed_behind_the_raw_commit(platform_folder: Path, servers: EmbeddedSe
 
 
 def test_behind_a_busy_pooler(platform: Platform, run_folder: RunFolder, start_server: StartServer) -> None:
-    """PgBouncer in transaction mode, as the platform runs it, with three other clients in the same pool."""
+    """PgBouncer in transaction pooling mode, with three other clients in the same pool."""
     platform.query(f"CREATE ROLE {APP_ROLE} LOGIN SUPERUSER PASSWORD '{PLANTED_PASSWORD}'")
     port = int(str(conninfo_to_dict(platform.url)["port"]))
     pool = start_server(PgbouncerServer(run_folder, SimpleNamespace(host="127.0.0.1", port=port), pool_size=5))
@@ -271,7 +271,7 @@ def test_behind_a_busy_pooler(platform: Platform, run_folder: RunFolder, start_s
 def test_seconds_beside_its_own_init(
     platform: Platform, servers: EmbeddedServers, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both from nothing and with nothing to do; the ratios are printed, and judged by nobody."""
+    """Durations of both inits, from nothing and with nothing to do. The ratios are printed and not checked."""
     seconds: dict[str, list[float]] = {}
     for number in range(3):
         for who in ("ours", "its own"):
@@ -293,7 +293,7 @@ def test_seconds_beside_its_own_init(
 
 
 def test_warm_beside_its_own_writers(platform: Platform) -> None:
-    """The platform's own functions write rows and entries while warms run; afterwards the cache equals the table."""
+    """The platform's functions write rows and entries during warms. Afterwards the cache equals the table."""
     platform.init()
     platform.put(MODULES)
     writers = [
@@ -313,7 +313,7 @@ def test_warm_beside_its_own_writers(platform: Platform) -> None:
 
 
 def test_upgrade_from_an_older_version(platform_folder: Path, servers: EmbeddedServers) -> None:
-    """PLATFORM_FROM: a second checkout, whose database and cache this version takes over in one init."""
+    """PLATFORM_FROM: one init takes over database and cache of an older checkout."""
     if not os.environ.get("PLATFORM_FROM"):
         pytest.skip("needs PLATFORM_FROM, a checkout of an older version")
     older = Platform(Path(os.environ["PLATFORM_FROM"]) / "api", servers)

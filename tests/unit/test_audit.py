@@ -39,5 +39,5 @@ BAD = {"name": "redis", "version": "4.5.0", "vulns": [{"id": "CVE-2023-28858", "
     ids=["fine", "bad", "nothing known", "one unknown"],
 )
 def test_what_a_report_says(packages: list[dict[str, Any]], lines: list[str], code: int) -> None:
-    """A vulnerability is a fault; a service that knows nothing is said, and never counted as nothing found."""
+    """A vulnerability is an error. A service without data is reported, and does not count as "nothing found"."""
     assert summarize({"dependencies": packages, "fixes": []}) == (lines, code)

@@ -1,4 +1,4 @@
-"""Celery's configuration: ours, found by its place, whatever stands in the working folder or the environment."""
+"""Celery uses our configuration, whatever is in the working folder or the environment."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ print(json.dumps(found))
 
 @pytest.fixture
 def celery_env(clean_env: dict[str, str]) -> dict[str, str]:
-    """What the stock commands need: no database."""
+    """An environment for Celery's own commands, without a database."""
     return clean_env | {"BIFROST_REDIS_URL": REDIS_URL, "BIFROST_RABBITMQ_URL": RABBITMQ_URL}
 
 
 @pytest.fixture
 def foreign_folder(tmp_path: Path) -> Path:
-    """A working folder with the celeryconfig.py and the celery.py of another project."""
+    """A working folder with celeryconfig.py and celery.py of another project."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "celeryconfig.py").write_text(FOREIGN)
@@ -97,7 +97,7 @@ def test_stock_report_sees_our_settings(
 def test_stock_command_without_settings_is_78(
     command: list[str], run_command: RunCommand, clean_env: dict[str, str]
 ) -> None:
-    """A stock command without settings names them in one message, and does not end in a traceback and 1."""
+    """Celery's own command without settings names them in one message, and exits with 78 without a traceback."""
     done = run_command([sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", *command], env=clean_env)
     assert done.returncode == 78
     assert "BIFROST_REDIS_URL is not set" in done.stderr
@@ -106,7 +106,7 @@ def test_stock_command_without_settings_is_78(
 
 
 def test_every_name_is_one_of_celerys(run_command: RunCommand, celery_env: dict[str, str]) -> None:
-    """A misspelt or outdated setting would be ignored in silence: each is one that Celery knows, imports aside."""
+    """Each setting is one that Celery knows. (Celery ignores a misspelt one silently.)"""
     code = (
         "from celery.app.defaults import NAMESPACES, flatten\n"
         "from bifrost_bootstrap.celery import app\n"

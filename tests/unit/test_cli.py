@@ -1,4 +1,4 @@
-"""The command line: usage, what needs no server, and that nothing ends in a code that is not of the contract."""
+"""The command line: usage, commands without servers, and only exit codes of the contract."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INSTALLED = Path(sys.executable).with_name("bifrost-bootstrap")
 
 @pytest.fixture
 def in_process() -> Iterator[None]:
-    """`cli.run` changes signal handlers and logging of its process: this takes both back."""
+    """Restore signal handlers and logging, which `cli.run` changes."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
@@ -55,7 +55,7 @@ def in_process() -> Iterator[None]:
     ],
 )
 def test_wrong_usage_is_64(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong usage is told on stderr, and is 64 and not click's 2."""
+    """Wrong usage is reported on stderr and exits with 64, not with click's 2."""
     assert commands.run(arguments) == 64
     captured = capsys.readouterr()
     assert words in captured.err
@@ -66,7 +66,7 @@ def test_wrong_usage_is_64(arguments: list[str], words: str, capsys: pytest.Capt
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=str)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_0(arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Help is a result: on stdout, with 0, and without any setting; of a command with two examples and its codes."""
+    """Help goes to stdout and exits with 0, without any setting. A command has two examples and its exit codes."""
     assert commands.run([*arguments, flag]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"Usage: {' '.join(['bifrost-bootstrap', *arguments])}")
@@ -110,7 +110,7 @@ def test_installed_command(command: list[str], run_command: RunCommand, clean_en
 def test_no_settings_is_78(
     arguments: list[str], names: list[str], others: list[str], run_bootstrap: RunBootstrap, clean_env: dict[str, str]
 ) -> None:
-    """Without settings a command names every variable it lacks, and no other, in one message, and ends with 78."""
+    """Without settings a command exits with 78 and names exactly the variables that it needs, in one message."""
     done = run_bootstrap(*arguments, env=clean_env)
     assert (done.returncode, done.stdout) == (78, "")
     lines = [line for line in done.stderr.splitlines() if "configuration: " in line]
@@ -132,8 +132,10 @@ def test_failure_as_json(command: list[str], run_bootstrap: RunBootstrap, clean_
     assert "BIFROST_DATABASE_URL is not set" in found["message"]
 
 
-def test_last_words_for_kubernetes(run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path) -> None:
-    """BIFROST_TERMINATION_LOG gets one JSON line of the verdict, also of a failure of the configuration itself."""
+def test_termination_log_has_the_verdict(
+    run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path
+) -> None:
+    """BIFROST_TERMINATION_LOG gets one JSON line with the verdict, also after a configuration error."""
     file = tmp_path / "termination-log"
     env = clean_env | {
         "BIFROST_TERMINATION_LOG": str(file),
@@ -150,13 +152,13 @@ def test_last_words_for_kubernetes(run_bootstrap: RunBootstrap, clean_env: dict[
 def test_termination_log_that_cannot_be_written_changes_nothing(
     run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """A verdict is a verdict, also where the file for it is a folder."""
+    """The exit code stays if the termination log is a folder."""
     done = run_bootstrap("check", env=clean_env | {"BIFROST_TERMINATION_LOG": str(tmp_path)})
     assert done.returncode == 78
 
 
 def test_log_format_counts_from_the_first_line_on(run_bootstrap: RunBootstrap, clean_env: dict[str, str]) -> None:
-    """With BIFROST_LOG_FORMAT=json every line on stderr is JSON, although the other settings are at fault."""
+    """With BIFROST_LOG_FORMAT=json every line on stderr is JSON, although other settings are invalid."""
     done = run_bootstrap("init", env=clean_env | {"BIFROST_LOG_FORMAT": "json"})
     assert done.returncode == 78
     events = [json.loads(line) for line in done.stderr.splitlines()]
@@ -165,7 +167,7 @@ def test_log_format_counts_from_the_first_line_on(run_bootstrap: RunBootstrap, c
 
 
 def test_load_wants_yes(run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path) -> None:
-    """Without `--yes` it names the target, and writes nothing: it does not even connect."""
+    """Without `--yes`, `load` names the target and does not connect."""
     env = clean_env | {"BIFROST_DATABASE_URL": "postgresql://u:hidden-word@db.example/platform"}
     done = run_bootstrap("load", str(tmp_path), env=env)
     assert (done.returncode, done.stdout) == (64, "")
@@ -178,7 +180,7 @@ def test_load_wants_yes(run_bootstrap: RunBootstrap, clean_env: dict[str, str], 
 def test_import_error_before_the_start_is_70(
     module: str, run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """A broken installation is a bug (70) that names what cannot be imported, and not Python's 1."""
+    """A broken installation exits with 70 and names the module, not with Python's 1."""
     (tmp_path / f"{module}.py").write_text("raise ImportError('broken on purpose')")
     done = run_bootstrap("--version", env=clean_env | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout) == (70, "")
@@ -189,7 +191,7 @@ def test_import_error_before_the_start_is_70(
 def test_import_error_after_the_start_is_70(
     statement: str, run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """A module that is only imported when needed, and is broken, is a bug too; `--json` still prints its object."""
+    """A broken module that is imported later exits with 70 too. `--json` still prints its object."""
     (tmp_path / "psycopg.py").write_text(statement)
     env = clean_env | {
         "PYTHONPATH": str(tmp_path),
@@ -212,14 +214,14 @@ def test_import_error_after_the_start_is_70(
 def test_signal_outside_a_command_has_its_code(
     number: signal.Signals, code: ExitCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal that comes before or after the work of a command ends the program with the code of the signal."""
+    """A signal before or after the work of a command exits with the code of the signal."""
     monkeypatch.setattr(commands.main, "main", lambda *_arguments, **_options: signal.raise_signal(number))
     assert commands.run([]) == code
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["check", "--json"], 78)], ids=str)
-def test_reader_that_has_gone(arguments: list[str], code: int, clean_env: dict[str, str]) -> None:
-    """Who reads our output may leave early: no traceback, and the code is still that of the work."""
+def test_closed_pipe_keeps_the_exit_code(arguments: list[str], code: int, clean_env: dict[str, str]) -> None:
+    """If the reader of stdout exits early, there is no traceback, and the exit code is that of the work."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as nobody:
@@ -242,7 +244,7 @@ def test_reader_that_has_gone(arguments: list[str], code: int, clean_env: dict[s
 def test_stdout_that_cannot_be_written(
     words: str, code: int, redirection: str, run_command: RunCommand, clean_env: dict[str, str]
 ) -> None:
-    """A full disk, and a stdout that is closed, change no exit code; a full disk is told."""
+    """A full disk or a closed stdout changes no exit code. A full disk is reported."""
     shell = f'exec "$0" -m bifrost_bootstrap {words} {redirection}'
     done = run_command(["/bin/sh", "-c", shell, sys.executable], env=clean_env)
     assert done.returncode == code
@@ -252,7 +254,7 @@ def test_stdout_that_cannot_be_written(
 
 
 def test_bug_outside_a_command_is_70(monkeypatch: pytest.MonkeyPatch, in_process: None) -> None:
-    """What no command has caught is a bug as well."""
+    """An exception outside a command exits with 70."""
     monkeypatch.setattr(commands.main, "main", lambda *_arguments, **_options: 1 / 0)
     assert commands.run([]) == 70
 
@@ -295,10 +297,10 @@ sys.exit(cli.run([]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
-def test_i07_what_does_not_end_at_a_signal_is_ended(
+def test_i07_hanging_cleanup_is_interrupted(
     number: signal.Signals, code: int, start_command: StartCommand, clean_env: dict[str, str]
 ) -> None:
-    """A clean-up that hangs is cut off, with the signal's code."""
+    """A clean-up that hangs after a signal is interrupted. The exit code is that of the signal."""
     command = start_command([sys.executable, "-c", SLOW_TO_END], env=clean_env)
     command.wait_for("at work")
     command.send_signal(number)
@@ -306,7 +308,7 @@ def test_i07_what_does_not_end_at_a_signal_is_ended(
 
 
 def test_file_name_that_is_no_text(run_bootstrap: RunBootstrap, clean_env: dict[str, str]) -> None:
-    """A name with bytes that are no UTF-8 is told, with `--json` too."""
+    """A file name that is not UTF-8 is printed, also with `--json`."""
     env = clean_env | {"BIFROST_ALEMBIC_CONFIG": "/gone/\udcff.ini", "BIFROST_DATABASE_URL": "postgresql://127.0.0.1:1/d",
                        "BIFROST_REDIS_URL": "redis://127.0.0.1:1/0"}  # fmt: skip
     done = run_bootstrap("check", "--json", env=env)

@@ -1,4 +1,4 @@
-"""The one wait, on a clock of the test's own."""
+"""Deadlines, with a clock of the test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock that deadlines go by in this test."""
+    """The clock of deadlines in this test."""
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     return clock
@@ -49,7 +49,7 @@ def test_remaining_ends_at_zero(clock: Clock) -> None:
 
 
 def test_deadline_of_zero_has_passed(clock: Clock) -> None:
-    """0 seconds: look once, never wait."""
+    """0 seconds: one attempt without a wait."""
     deadline = Deadline(0)
     assert deadline.passed
     deadline.sleep(5)
@@ -73,7 +73,7 @@ def test_pause_doubles_up_to_the_longest(clock: Clock) -> None:
 
 
 def test_pauses_differ(clock: Clock) -> None:
-    """Replicas that failed together do not come back together."""
+    """Replicas that failed together do not retry together."""
     for _ in range(20):
         Deadline(1000).pause(3, first=1, longest=60)
     assert len(set(clock.slept)) > 1

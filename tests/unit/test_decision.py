@@ -1,4 +1,4 @@
-"""What init does next, as a table: one row for each way through `decide`. And what it keeps of a chain."""
+"""`decide` as a table: one row for each observation. And what init keeps of a chain."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ TABLE: list[tuple[Observation, Decision, str]] = [
     ("seen", "decision"), [pytest.param(seen, decision, id=name) for seen, decision, name in TABLE]
 )
 def test_decision(seen: Observation, decision: Decision) -> None:
-    """Each observation gives this decision, with these words."""
+    """The observation gives this decision with this text."""
     assert decide(seen) == decision
 
 
@@ -227,7 +227,7 @@ def test_decision(seen: Observation, decision: Decision) -> None:
     ],
 )
 def test_given_up(seen: Observation, error: type[BootstrapError], reason: str) -> None:
-    """After the last attempt it ends, with the step, the attempts and the reason; before it, it does not."""
+    """After the last attempt, init ends with the step, the attempts and the reason; not before it."""
     decision = decide(replace(seen, losses=LAST))
     assert isinstance(decision, Fail)
     assert type(decision.error) is error
@@ -237,7 +237,7 @@ def test_given_up(seen: Observation, error: type[BootstrapError], reason: str) -
 
 
 def test_an_expired_message_is_no_attempt() -> None:
-    """Waiting for a worker that does not come never gives up by itself: that is the deadline's business."""
+    """An expired message is not an attempt: only the deadline ends the wait for a worker."""
     assert isinstance(decide(silent(queued=0, losses=LAST)), Enqueue)
 
 

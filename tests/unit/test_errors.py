@@ -1,4 +1,4 @@
-"""The error tree: every error crosses a JSON result, has a text, a remedy and an exit code of the contract."""
+"""Every error survives a JSON result, and has a text, a remedy and an exit code of the contract."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def through_celery(error: BaseException) -> tuple[str, list[Any]]:
 
 @every_error
 def test_error_survives_celerys_result(cls: type[BootstrapError]) -> None:
-    """What Celery stores of an error is enough to have the same error again, word for word."""
+    """The error is equal after Celery's JSON result."""
     error = example(cls)
     again = rebuild(*through_celery(error))
     assert type(again) is cls
@@ -64,7 +64,7 @@ def test_error_survives_celerys_result(cls: type[BootstrapError]) -> None:
 
 @every_error
 def test_error_survives_celerys_own_way_back(cls: type[BootstrapError]) -> None:
-    """`celery result` and every other client of Celery rebuild the same error."""
+    """`celery result` creates the same error."""
     backend = Backend(app=Celery(set_as_current=False), serializer="json")
     again = backend.exception_to_python(backend.prepare_exception(example(cls), "json"))
     assert type(again) is cls
@@ -73,7 +73,7 @@ def test_error_survives_celerys_own_way_back(cls: type[BootstrapError]) -> None:
 
 @every_error
 def test_error_has_text_remedy_and_code(cls: type[BootstrapError]) -> None:
-    """Every fact is in the text or the remedy, nothing is left unfilled, and the code is one of the contract."""
+    """Every fact is in the text or the remedy, no placeholder is left, and the code is one of the contract."""
     error = example(cls)
     spoken = f"{error} {error.remedy}"
     assert str(error)
@@ -102,7 +102,7 @@ def test_wrong_number_of_facts_is_refused(cls: type[BootstrapError]) -> None:
 
 
 def test_exit_codes_are_those_of_the_contract() -> None:
-    """The numbers operators wrote their manifests by."""
+    """The exit codes have the numbers that operators use in their manifests."""
     assert {code.name: int(code) for code in ExitCode} == {
         "OK": 0,
         "MIGRATION": 1,
@@ -130,7 +130,7 @@ def test_exit_codes_are_those_of_the_contract() -> None:
     ],
 )
 def test_what_is_not_ours_becomes_an_internal_error(name: str, arguments: list[Any]) -> None:
-    """A foreign class, another name of the module and a wrong number of facts are each told as they came."""
+    """A foreign class, another module and a wrong number of facts each become an InternalError with the stored text."""
     error = rebuild(name, arguments)
     assert type(error) is InternalError
     assert name in str(error)
@@ -210,7 +210,7 @@ def test_tiny_secret_does_not_blot_out_words(monkeypatch: pytest.MonkeyPatch) ->
     ids=lambda error: type(error).__name__,
 )
 def test_answer_of_a_server_is_no_bug(error: Exception) -> None:
-    """What a client library raises, and what nobody has translated, is 69 with its words."""
+    """An exception of a client library that is not translated is 69 with its text."""
     told = errors.unexpected(error, f"{type(error).__name__}: {error}")
     assert told.exit_code is ExitCode.UNAVAILABLE
     assert str(error) in str(told)
@@ -218,7 +218,7 @@ def test_answer_of_a_server_is_no_bug(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), AssertionError("x")])
 def test_bug_is_a_bug(error: Exception) -> None:
-    """What our own code raises is not put on a server."""
+    """An exception of our own code is not reported as the error of a server."""
     assert errors.unexpected(error, str(error)).exit_code is ExitCode.BUG
 
 
@@ -233,7 +233,7 @@ def test_bug_is_a_bug(error: Exception) -> None:
     ],
 )
 def test_stored_failure_of_a_library_is_no_bug(name: str, module: str, error: type[BootstrapError]) -> None:
-    """What a worker's libraries stored as a task's failure is told as a server's answer, with its words."""
+    """A library's exception that a worker stored as a result is reported as the error of a server."""
     told = rebuild(name, ["the words"], module)
     assert type(told) is error
     assert "the words" in str(told) or error is errors.TimeLimitError

@@ -1,4 +1,4 @@
-"""The worker that init brings along: started again a few times, and what it ends in."""
+"""The worker of `init --with-worker`: it is restarted a few times, and then reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a step, and where it lies."""
+"""The progress of a step, and its Redis keys."""
 
 from __future__ import annotations
 

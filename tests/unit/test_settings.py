@@ -1,4 +1,4 @@
-"""The one reader of the environment: what it accepts, and what it says about the rest."""
+"""The settings: accepted values, and errors for the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fault(variables: dict[str, str], *needs: environment.Need) -> str:
 
 
 def test_nothing_is_needed_and_nothing_defaults_to_a_server() -> None:
-    """Without needs an empty environment is fine, and no URL is made up."""
+    """Without `needs`, an empty environment is valid, and no URL has a default."""
     settings = load((), {})
     assert (settings.database_url, settings.redis_url, settings.rabbitmq_url) == (None, None, None)
     assert settings.init_timeout == 600
@@ -38,14 +38,14 @@ def test_nothing_is_needed_and_nothing_defaults_to_a_server() -> None:
 
 
 def test_every_missing_variable_in_one_message() -> None:
-    """A command learns of all that it lacks at once, in the words of the environment."""
+    """One message names all missing variables."""
     message = fault({}, "database", "redis", "rabbitmq")
     for name in ("DATABASE_URL", "REDIS_URL", "RABBITMQ_URL"):
         assert f"BIFROST_{name} is not set (nor {name}, nor their _FILE)" in message
 
 
 def test_a_command_needs_only_what_it_uses() -> None:
-    """`needs` decides what is missing, and nothing else is asked for."""
+    """`needs` alone decides which variables are required."""
     assert "RABBITMQ" not in fault({}, "database", "redis")
     assert load(("redis",), URLS).redis == URLS["BIFROST_REDIS_URL"]
 
@@ -115,7 +115,7 @@ def test_unprefixed_variable_serves_where_the_prefixed_one_is_absent(name: str, 
 
 
 def test_fault_names_the_variable_that_was_set(tmp_path: Path) -> None:
-    """Who wrote DATABASE_URL, or a file, is told about that one."""
+    """The error names the variable that was set: DATABASE_URL, or that of the file."""
     assert "configuration: DATABASE_URL is no PostgreSQL URL" in fault({"DATABASE_URL": "mysql://h/d"})
     file = tmp_path / "secret"
     file.write_text("mysql://h/d")
@@ -123,7 +123,7 @@ def test_fault_names_the_variable_that_was_set(tmp_path: Path) -> None:
 
 
 def test_value_from_a_file(tmp_path: Path) -> None:
-    """Any setting may come from a file; white space around it is no part of it."""
+    """Every setting can come from a file. White space around the value is removed."""
     file = tmp_path / "secret"
     file.write_text("  redis://:file-word@cache/2\n\n", encoding="utf-8")
     assert load((), {"BIFROST_REDIS_URL_FILE": str(file)}).redis == "redis://:file-word@cache/2"
@@ -140,7 +140,7 @@ def test_value_from_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_file_that_cannot_serve(tmp_path: Path, content: bytes | None, reason: str) -> None:
-    """A file of other bytes, an empty one and a folder are faults that name variable and file, and come alone."""
+    """A file that is not UTF-8, an empty one and a folder are errors with variable and file."""
     file = tmp_path
     if content is not None:
         file = tmp_path / "secret"
@@ -150,7 +150,7 @@ def test_file_that_cannot_serve(tmp_path: Path, content: bytes | None, reason: s
 
 
 def test_migration_database_defaults_to_the_database() -> None:
-    """Migrations use a URL of their own where there is one."""
+    """The migration URL defaults to the database URL."""
     direct = "postgresql://u:one-word@direct/platform"
     assert load((), URLS).migration_database == load((), URLS).database
     settings = load((), URLS | {"BIFROST_MIGRATION_DATABASE_URL": direct})
@@ -171,7 +171,7 @@ def test_duration(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["soon", "-5s", "5 m", "5x", "m", "1h 30m", "inf", "nan", "1e3"])
 def test_what_is_no_duration(text: str) -> None:
-    """Everything else is refused with an example of what is legal."""
+    """Other values are rejected with an example."""
     with pytest.raises(ValueError, match="90s, 5m or 1h30m"):
         duration(text)
 
@@ -205,7 +205,7 @@ def test_server_urls(variable: str, url: str) -> None:
     ],
 )
 def test_tls_that_a_url_asks_for_and_does_not_get(variable: str, url: str, named: str) -> None:
-    """A CA for a connection that is not encrypted, or a word that nobody reads, is a fault and not ignored."""
+    """A CA for an unencrypted connection, or an unknown parameter, is an error."""
     message = fault({variable: url})
     assert message.startswith(f"configuration: {variable} has {named}")
 
@@ -227,7 +227,7 @@ def test_tls_that_a_url_asks_for_and_does_not_get(variable: str, url: str, named
     ],
 )
 def test_malformed_server_url_is_named_without_its_value(variable: str, text: str) -> None:
-    """Another scheme, and a password that is not escaped, are faults of the setting that quote nothing of it."""
+    """Another scheme, and a password that is not quoted, are errors that contain no part of the value."""
     scheme = "redis" if variable == "BIFROST_REDIS_URL" else "amqp"
     message = fault({variable: text.format(scheme=scheme)})
     assert message.startswith(f"configuration: {variable} is no ")

@@ -1,4 +1,4 @@
-"""What a person reads: short summaries, whose paths are data."""
+"""The output for people. Paths in it are data."""
 
 from __future__ import annotations
 

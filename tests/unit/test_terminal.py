@@ -1,4 +1,4 @@
-"""The progress bar, on what rich takes for a terminal."""
+"""The progress bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tree: found as the contract says, and read from its source as Alembic itself would read it."""
+"""Finding a tree, and reading its source as Alembic would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our reading of a tree's sources is Alembic's own, or there is none and Alembic is asked (M18)."""
+"""M18: our reading of a tree's source equals that of Alembic, or Alembic is asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every form in which operators write a PostgreSQL URL, and what libpq is given of it."""
+"""Every form of a PostgreSQL URL, and what libpq gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of the module cache that the demo and the acceptance tests import with."""
+"""The importer from the module cache, used by the demo and the tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.virtual_import import INDEX, PREFIX, imports_from
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[EmbeddedServers]:
-    """A Redis of our own; its PostgreSQL is not used."""
+    """A private Redis."""
     with embedded_servers() as servers:
         yield servers
 

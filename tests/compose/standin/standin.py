@@ -1,4 +1,4 @@
-"""Plays the platform's API and worker: imports a module from the cache, fails without it, then stays."""
+"""Stand-in for the platform's API and worker: it imports a module from the cache or fails, then it stays."""
 
 import importlib
 import os
