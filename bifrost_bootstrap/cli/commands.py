@@ -49,7 +49,7 @@ _ALWAYS = (64, 70, 78, 130, 143)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="bifrost-bootstrap")
 def main() -> None:
-    """Bring a Bifrost deployment into a state in which it may start: schema at head, module cache complete."""
+    """Prepare a Bifrost deployment for its start: schema at head, module cache complete."""
 
 
 def _command(
@@ -84,7 +84,7 @@ def _command(
 _timeout_option = click.option(
     "--timeout",
     type=duration,
-    help="Deadline of the whole, such as 90s or 5m.  [default: BIFROST_INIT_TIMEOUT, 10m]",
+    help="Deadline of the command, such as 90s or 5m.  [default: BIFROST_INIT_TIMEOUT, 10m]",
 )
 _allow_shrink_option = click.option(
     "--allow-shrink", is_flag=True, help="Warm even if it removes more than half of the cache."
@@ -93,16 +93,16 @@ _allow_shrink_option = click.option(
 
 @_command(1, 2, 69, 75, 124)
 @_timeout_option
-@click.option("--with-worker", is_flag=True, help="Bring a bootstrap worker along for as long as init runs.")
+@click.option("--with-worker", is_flag=True, help="Start a bootstrap worker that ends with init.")
 @click.option("--embedded", is_flag=True, help="Run on private throw-away servers; every URL is ignored.")
 @_allow_shrink_option
 def init(timeout: float | None, with_worker: bool, embedded: bool, allow_shrink: bool) -> Outcome:
-    """Migrate, warm the module cache, and exit 0 only when both are true.
+    """Migrate, warm the module cache, and exit 0 only if schema and cache are ready.
 
     Examples:
       # the init container beside a standing bootstrap worker
       bifrost-bootstrap init --timeout 5m
-      # in front of a rolling Deployment: it brings its own worker
+      # in front of a rolling Deployment: it starts its own worker
       bifrost-bootstrap init --with-worker --json
     """
     own_worker = with_worker or embedded
@@ -123,7 +123,7 @@ def rewarm(timeout: float | None, full: bool, allow_shrink: bool) -> Outcome:
     """Warm the module cache again, through a bootstrap worker, and wait for it like init.
 
     Examples:
-      # after rows were changed behind the platform's back
+      # after rows were changed without the platform's API
       bifrost-bootstrap rewarm
       # rewrite every entry, whatever the hashes say
       bifrost-bootstrap rewarm --full
@@ -135,7 +135,7 @@ def rewarm(timeout: float | None, full: bool, allow_shrink: bool) -> Outcome:
 @_command(1, 3, 69)
 @click.option("--wait", type=duration, help="Wait up to this long until everything is ready.")
 def check(wait: float | None) -> Outcome:
-    """Say whether schema and cache are ready (0) or not (3). Changes nothing, needs no RabbitMQ.
+    """Report whether schema and cache are ready (0) or not (3). Changes nothing, needs no RabbitMQ.
 
     Examples:
       # what is ready, and what is missing
@@ -152,10 +152,10 @@ def check(wait: float | None) -> Outcome:
     return summary.of_check(found, diagnostics.collect_diagnostics(settings, tree))
 
 
-@_command(1, 69, ok="it is told, whether or not something is pending")
+@_command(1, 69, ok="the plan is printed, whether or not something is pending")
 @click.option("--sql", "with_sql", is_flag=True, help="Print the SQL of the pending revisions too.")
 def plan(with_sql: bool) -> Outcome:
-    """Say what init would do: revisions to apply, modules to add, change and remove. Changes nothing.
+    """Report what init would do: revisions to apply, modules to add, change and remove. Changes nothing.
 
     Examples:
       # before a deploy: what would init do?
@@ -170,7 +170,7 @@ def plan(with_sql: bool) -> Outcome:
     return summary.of_plan(plans.plan(settings, tree_loading.load(settings), with_sql=with_sql))
 
 
-@_command(1, 69, ok="it was told to stop", has_json=False)
+@_command(1, 69, ok="stopped by a signal", has_json=False)
 def worker() -> Outcome:
     """Run a bootstrap worker: it consumes the calls by hand and the chains of its own tree.
 
@@ -192,11 +192,11 @@ def worker() -> Outcome:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if code := program.run(settings):
         raise OwnProcessError("Celery's worker", f"it ended with {code}")
-    stopped = "it was told to stop"
+    stopped = "stopped by a signal"
     return Outcome(ExitCode.OK, stopped, facts={"message": stopped})
 
 
-@_command(69, ok="the files are rows")
+@_command(69, ok="the files are in the database")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--yes", is_flag=True, help="Really write to that database.")
 def load(folder: Path, yes: bool) -> Outcome:

@@ -45,5 +45,5 @@ def test_stopped_worker_exits_0(start_worker: StartWorker, bifrost_env: dict[str
     words = tmp_path / "termination-log"
     done = start_worker(env=bifrost_env | {"BIFROST_TERMINATION_LOG": str(words)}).terminate()
     assert done.returncode == 0
-    assert done.stderr.splitlines()[-1].endswith("worker: it was told to stop (exit 0)")
+    assert done.stderr.splitlines()[-1].endswith("worker: stopped by a signal (exit 0)")
     assert json.loads(words.read_text())["verdict"] == "stopped"
