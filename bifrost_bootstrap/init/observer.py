@@ -165,7 +165,7 @@ class Observer:
 
     def _read_lock_holder(self) -> None:
         with postgres.connect(self._run.settings.database, "init", answer_timeout=PROBE_TIMEOUT) as connection:
-            self._lock_holder = str(lock.holder(connection) or "")
+            self._lock_holder = lock.read_holder(connection)
 
     def _read_queue(self) -> None:
         waiting = self.chain if self.chain and self.chain.stage is Stage.PUBLISHED else None

@@ -1,11 +1,12 @@
 """
 The migration lock: at most one runner a database, behind a pooler in transaction mode too.
 
-A transaction-level advisory lock on a connection of its own, idle in READ COMMITTED, which holds no snapshot
-(so concurrent index builds do not wait for it) and stays on its server connection until it ends. Every
-transaction of the runner bears a second lock, shared (`script/`), and every statement outside one a
-comment: by these a new holder finds what a runner that lost the first lock has left in the server. None of it
-can be recorded any more, so the new holder ends it before it starts.
+It is a transaction-level advisory lock on a connection of its own. That transaction stays on its server connection
+until it ends. Idle in READ COMMITTED it holds no snapshot, so concurrent index builds do not wait for it.
+
+Each transaction of the runner (`script/`) holds a second, shared lock, and each of its statements outside a transaction
+begins with a comment. If a runner has lost the migration lock, the next holder finds by these what that runner has left
+in the server. None of it can be recorded any more, so the next holder ends it before it starts.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import psycopg
 
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import LOG_INTERVAL, Deadline, Interval
 from bifrost_bootstrap.errors import BusyError, PoolTooSmallError, UnavailableError
 from bifrost_bootstrap.servers import postgres
 from bifrost_bootstrap.servers.postgres import Connection
@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 
 #: First key of both locks: the first 31 bits of the sha-256 of "bifrost_bootstrap".
 LOCK_CLASS = 0x7802FA3E
-#: Second keys: held by the runner's parent; shared by each transaction of the runner.
-MIGRATION, RUNNER = 1, 2
-#: Longest pause of a waiter between two short tries, seconds: what a waiter may come too late.
-TRY_PAUSE = 1.0
-#: Seconds between two log lines of a waiter.
-LOG_INTERVAL = 10.0
+#: Second key of the migration lock, which the runner's parent holds.
+MIGRATION = 1
+#: Second key of the lock that the transactions of the runner share.
+RUNNER = 2
+#: Pauses of a waiter between two tries, seconds. The longest is by how much a waiter may come too late.
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 1.0
 #: Seconds in which a second connection must answer while the lock's own one does; poolers queue silently.
 SECOND_CONNECTION_TIMEOUT = 15.0
 #: Seconds between two statements on the lock's connection; below every sane timer of a pooler (2 s tested).
@@ -41,11 +42,13 @@ KEEP_ALIVE = 1.0
 #: Seconds of silence after which the holder takes its lock for lost; a busy server answers sooner.
 LOST_AFTER = 30.0
 
-# Off for this transaction only: an idle holder must outlive them. The keepalives have a direct server notice
-# within 45 s (15 + 3 × 10) that the holder vanished without a FIN, and the last (milliseconds) where that was within an
-# answer: no keepalive is sent while data is unacknowledged. A pooler has its own.
+#: Timers that would end an idle holder.
 _MUST_BE_OFF = ("idle_in_transaction_session_timeout", "transaction_timeout")
-_OWN_SETTINGS = dict.fromkeys((*_MUST_BE_OFF, "statement_timeout"), "0") | {
+#: Settings of the lock's transaction. By the keepalives a direct server notices within 45 s (15 + 3 × 10) that the
+#: holder vanished without a FIN. `tcp_user_timeout` (ms) does the same in the midst of an answer: no keepalive is sent
+#: while data is unacknowledged. A pooler has its own settings.
+_OWN_SETTINGS = {
+    **dict.fromkeys((*_MUST_BE_OFF, "statement_timeout"), "0"),
     "tcp_keepalives_idle": "15", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3",
     "tcp_user_timeout": "45000",
 }  # fmt: skip
@@ -72,44 +75,38 @@ _HIDDEN_BUILDS = """
     SELECT pid FROM pg_stat_progress_create_index JOIN pg_stat_activity a USING (pid)
     WHERE a.datname = current_database() AND a.state IS NULL
 """
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds the migration lock: server process, application name, client host, since when (ISO time)."""
-
-    pid: int
-    application: str
-    host: str
-    since: str
-
-    def __str__(self) -> str:
-        return f"{self.application or 'an unnamed session'} (pid {self.pid} from {self.host}) since {self.since}"
-
-
-@dataclass(frozen=True)
-class LockIdentity:
-    """By what a runner recognises our lock in `pg_locks`, and our database among others."""
-
-    pid: int
-    virtualtransaction: str
-    server: str
-    database: str
+#: Sessions of the role, database and client host of this one, this one included.
+_SESSIONS_LIKE_OURS = """
+    SELECT count(*) FROM pg_stat_activity a, pg_stat_activity ours
+    WHERE ours.pid = pg_backend_pid() AND a.backend_type = 'client backend' AND a.datname = ours.datname
+      AND a.usename = ours.usename AND a.client_addr IS NOT DISTINCT FROM ours.client_addr
+"""
+#: One text about the holder. Parameters: class, key.
+_HOLDER_IN_WORDS = f"""
+    SELECT coalesce(nullif(application_name, ''), 'an unnamed session') || ' (pid ' || pid || ' from '
+      || CASE WHEN state IS NULL THEN 'an address hidden from this role'
+         ELSE coalesce(host(client_addr), 'the server itself') END
+      || ') since ' || coalesce(to_char(xact_start, 'YYYY-MM-DD"T"HH24:MI:SSOF'), 'unknown')
+    FROM ({_HOLDERS}) AS holders LEFT JOIN pg_stat_activity USING (pid)
+"""  # noqa: S608
 
 
 class MigrationLock:
-    """The lock, held. `keep_alive` every `KEEP_ALIVE` seconds, or a pooler may take the connection away."""
+    """The lock, held. Call `keep_alive` every `KEEP_ALIVE` seconds, or a pooler may take the connection away."""
 
     def __init__(self, url: PostgresUrl, connection: Connection) -> None:
-        self._url, self._connection = url, connection
-        self.proof = self._prepare()
+        self._url = url
+        self._connection = connection
+        self._change_settings()
+        #: How a runner recognises this lock in `pg_locks`, and this database among others.
+        self.identity = self._read_identity()
 
     def keep_alive(self) -> None:
         """
-        One short statement. Raises UnavailableError: the lock is lost.
+        Run one short statement. Raises UnavailableError if the lock is lost.
 
-        SHOW, by the simple protocol: any query takes a snapshot, a concurrent index build that sees it waits for the
-        end of our transaction, and with parameters the snapshot even stays until the next statement.
+        SHOW takes no snapshot. A query takes one, a concurrent index build that sees it waits for the end of our
+        transaction, and after a query with parameters the snapshot even stays until the next statement.
         """
         with postgres.translated(self._url):
             self._connection.execute("SHOW transaction_isolation")
@@ -117,10 +114,10 @@ class MigrationLock:
     @contextmanager
     def borrowed_connection(self) -> Iterator[Connection]:
         """
-        The lock's own connection, for one statement; without a snapshot again at the end. Raises UnavailableError.
+        The lock's own connection, for one query; at the end it holds no snapshot. Raises UnavailableError.
 
-        Rarely, while a runner works: a concurrent build that begins to wait for snapshots in these milliseconds waits
-        for ours until the lock is given back.
+        Borrow it rarely while a runner works: a concurrent build that begins to wait for snapshots in these
+        milliseconds waits until the lock is released.
         """
         with postgres.translated(self._url):
             # Within a transaction pg_stat_activity shows again what it showed first.
@@ -130,7 +127,7 @@ class MigrationLock:
 
     def end_runners(self) -> list[int]:
         """
-        End the sessions in which a runner is at work, and return those that are still there.
+        End the sessions in which a runner is at work, and return the pids of those that are still there.
 
         Sessions of another role are not ended. If their statements are hidden, each that builds an index counts.
         """
@@ -143,17 +140,11 @@ class MigrationLock:
         return [int(str(row[0])) for row in rows]
 
     def has_only_session(self) -> bool:
-        """Whether the server has no other session of our role, from where ours comes: behind a pooler, its pool."""
+        """Whether the server has no other session of our role and client host: behind a pooler, its pool is 1."""
         with self.borrowed_connection() as connection:
-            return bool(postgres.scalar(
-                connection,
-                "SELECT count(*) = 1 FROM pg_stat_activity a JOIN pg_stat_activity ours"
-                " ON (a.datname, a.usename) = (ours.datname, ours.usename)"
-                " AND a.client_addr IS NOT DISTINCT FROM ours.client_addr"
-                " WHERE ours.pid = pg_backend_pid() AND a.backend_type = 'client backend'",
-            ))  # fmt: skip
+            return postgres.scalar(connection, _SESSIONS_LIKE_OURS) == 1
 
-    def _prepare(self) -> LockIdentity:
+    def _change_settings(self) -> None:
         rows = self._connection.execute(
             "SELECT name, set_config(name, wanted.value, true)"
             " FROM pg_settings JOIN unnest(%s::text[], %s::text[]) AS wanted(key, value) ON name = key",
@@ -162,6 +153,8 @@ class MigrationLock:
         for name, value in rows.fetchall():
             if name in _MUST_BE_OFF and value not in ("0", "0ms"):
                 raise UnavailableError(str(self._url), f"{name} cannot be turned off for the migration lock ({value})")
+
+    def _read_identity(self) -> dict[str, object]:
         row = self._connection.execute(
             f"SELECT pid, virtualtransaction, {SERVER}, current_database()::text"  # noqa: S608
             f" FROM pg_locks JOIN ({_HOLDERS}) AS holders USING (pid)"
@@ -169,34 +162,28 @@ class MigrationLock:
             (LOCK_CLASS, MIGRATION),
         ).fetchone()
         assert row is not None
-        return LockIdentity(int(str(row[0])), str(row[1]), str(row[2]), str(row[3]))
+        ours = zip(("pid", "virtualtransaction", "server", "database"), row, strict=True)
+        return {"class": LOCK_CLASS, "migration": MIGRATION, "runner": RUNNER, **dict(ours)}
 
 
-def holder(connection: Connection) -> Holder | None:
-    """Who holds the migration lock of this database now."""
-    row = connection.execute(
-        "SELECT pid, coalesce(application_name, ''), CASE WHEN state IS NULL THEN 'an address hidden from this role'"  # noqa: S608
-        " ELSE coalesce(host(client_addr), 'the server itself') END,"
-        " coalesce(to_char(xact_start, 'YYYY-MM-DD\"T\"HH24:MI:SSOF'), 'unknown')"
-        f" FROM ({_HOLDERS}) AS holders LEFT JOIN pg_stat_activity USING (pid)",
-        (LOCK_CLASS, MIGRATION),
-    ).fetchone()
-    return Holder(int(str(row[0])), str(row[1]), str(row[2]), str(row[3])) if row else None
+def read_holder(connection: Connection) -> str:
+    """Who holds the migration lock of this database now, in words: application, pid, host, since when. "" if nobody."""
+    return str(postgres.scalar(connection, _HOLDER_IN_WORDS, LOCK_CLASS, MIGRATION) or "")
 
 
 @contextmanager
 def hold(url: PostgresUrl, deadline: Deadline, report_wait: Callable[[str], None]) -> Iterator[MigrationLock]:
     """
-    Take the lock, polling with short statements until the deadline, and give it back at the end.
+    Take the lock, polling with short statements until the deadline, and release it at the end.
 
-    `report_wait` hears, steadily, whom we wait for, as the log does. When the block begins, no transaction of an
-    earlier runner is open and no statement of one is running.
+    `report_wait` hears every `LOG_INTERVAL` seconds whom we wait for, as the log does. When the block begins, no
+    transaction of an earlier runner is open and no statement of one is running.
 
-    Raises BusyError at the deadline, PoolTooSmallError where the lock has the pooler's only connection,
-    UnavailableError and RefusedError of the server.
+    Raises BusyError at the deadline, PoolTooSmallError if the lock has the pooler's only connection, UnavailableError
+    and RefusedError of the server.
     """
 
-    def say(what: str) -> None:
+    def log_wait(what: str) -> None:
         logger.info("%s", what)
         report_wait(what)
 
@@ -206,59 +193,56 @@ def hold(url: PostgresUrl, deadline: Deadline, report_wait: Callable[[str], None
         if postgres.scalar(connection, "SELECT pg_is_in_recovery()"):
             raise UnavailableError(str(url), "it is a standby, in recovery, until it is promoted")
         connection.rollback()
-        _take(connection, deadline, say)
+        _take(connection, deadline, log_wait)
         lock = MigrationLock(url, connection)
-        _end_earlier_runner(lock, deadline, say)
-        _want_second_connection(url, lock)
+        _end_earlier_runner(lock, deadline, log_wait)
+        _require_second_connection(url, lock)
         yield lock
-        # Ends the transaction, and with it the lock. A pooler may have done so, now that nobody keeps it alive: what
-        # was done under the lock has proven it at each commit.
+        # The end of the transaction releases the lock. Losing the lock now, for instance to a pooler's timer, is not an
+        # error: each commit under it has checked it.
         with suppress(psycopg.OperationalError):
             connection.rollback()
 
 
-def _take(connection: Connection, deadline: Deadline, report_wait: Callable[[str], None]) -> None:
-    said: Deadline | None = None
-    attempt = 0
-    while True:
+def _take(connection: Connection, deadline: Deadline, log_wait: Callable[[str], None]) -> None:
+    holder = ""
+    log_again = Interval(LOG_INTERVAL)
+    for _ in deadline.attempts(first=FIRST_PAUSE, longest=LONGEST_PAUSE):
         if postgres.scalar(connection, "SELECT pg_try_advisory_xact_lock(%s, %s)", LOCK_CLASS, MIGRATION):
             return
-        who = holder(connection)
+        holder = read_holder(connection)
         connection.rollback()
-        if deadline.passed:
-            raise BusyError("the migration lock", str(who or "a session that has just ended"))
-        if said is None or said.passed:
-            said = Deadline(LOG_INTERVAL)
-            report_wait(f"waiting for the migration lock, held by {who}" if who else "waiting for the migration lock")
-        attempt += 1
-        deadline.pause(attempt, first=0.1, longest=TRY_PAUSE)
+        if not deadline.passed and log_again.due():
+            held_by = f", held by {holder}" if holder else ""
+            log_wait(f"waiting for the migration lock{held_by}")
+    raise BusyError("the migration lock", holder or "a session that has just ended")
 
 
-def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, report_wait: Callable[[str], None]) -> None:
-    attempt = 0
-    while left := lock.end_runners():
+def _end_earlier_runner(lock: MigrationLock, deadline: Deadline, log_wait: Callable[[str], None]) -> None:
+    what = ""
+    for attempt in deadline.attempts(first=FIRST_PAUSE, longest=LONGEST_PAUSE):
+        left = lock.end_runners()
+        if not left:
+            return
         what = f"what an earlier runner has left in the server (pid {', '.join(map(str, left))})"
-        if deadline.passed:
-            raise BusyError("the database", what)
-        attempt += 1
         if attempt == 1:
-            report_wait(f"ending {what}")
-        deadline.pause(attempt, first=0.05, longest=TRY_PAUSE)
+            log_wait(f"ending {what}")
+    raise BusyError("the database", what)
 
 
-def _want_second_connection(url: PostgresUrl, lock: MigrationLock) -> None:
-    """The runner needs one beside the lock's. Asked in a thread, since the lock is to be kept alive meanwhile."""
+def _require_second_connection(url: PostgresUrl, lock: MigrationLock) -> None:
+    """The runner needs a connection beside the lock's. Connect in a thread: the lock has to be kept alive meanwhile."""
 
-    def look() -> None:
+    def connect() -> None:
         with postgres.connect(url, "migration-start", answer_timeout=SECOND_CONNECTION_TIMEOUT) as connection:
             postgres.scalar(connection, "SELECT 1")
 
     with ThreadPoolExecutor(1) as threads:
-        looking = threads.submit(look)
-        while wait([looking], timeout=KEEP_ALIVE).not_done:
+        connecting = threads.submit(connect)
+        while wait([connecting], timeout=KEEP_ALIVE).not_done:
             lock.keep_alive()
     try:
-        looking.result()
+        connecting.result()
     except UnavailableError as error:
         # A pooler without a free connection says nothing, or that its own timeout has passed.
         waited = isinstance(error.__cause__, postgres.NoAnswer) or "query_wait_timeout" in str(error)

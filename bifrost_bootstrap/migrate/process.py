@@ -1,4 +1,4 @@
-"""The process in which a tree runs its own Alembic: given one request, heard line by line, gone at the end."""
+"""The process in which the tree's own Alembic runs: it gets one request, sends events, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 import selectors
 import signal
 import subprocess
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from bifrost_bootstrap import settings as environment
 from bifrost_bootstrap.deadline import Deadline
@@ -24,34 +24,42 @@ logger = logging.getLogger(__name__)
 PROGRAM = Path(__file__).with_name("script") / "__main__.py"
 #: Seconds for the tree's Alembic to import and answer one request; imports take 0.4 to 2 s.
 ASK_TIMEOUT = 60.0
-
-#: Lines of the tree's own output that are kept for a report.
-KEPT_OUTPUT = 20
-#: Seconds for the last words of a child that has ended, or said how it ends: what it started may keep its pipes open.
-LAST_WORDS = 1.0
+#: Seconds for the last output of a runner that has ended or sent its last event: processes that the tree has started
+#: may keep the pipes open.
+LAST_OUTPUT = 1.0
+#: Bytes of one read: what a pipe holds.
+PIPE_BYTES = 65536
 
 
 class Child:
     """
-    `script/` under the tree's interpreter, until the block ends; then nothing is left of its process group.
+    The runner (`script/`) under the tree's interpreter, until the block ends. Then its process group is killed.
 
-    request: what it is to do. variables: for its environment. output: the last lines that the tree printed.
+    request: JSON fields of what it is to do. variables: for its environment. last_line: the last line that the tree
+    printed, or "".
 
-    Raises SettingsError where the interpreter does not start.
+    Raises SettingsError if the interpreter does not start.
     """
 
     def __init__(self, alembic: Alembic, request: Mapping[str, Any], **variables: str) -> None:
-        self.output: deque[str] = deque(maxlen=KEPT_OUTPUT)
-        # The request, and the sign that we live. Not by stdin: a revision that reads that finds its end at once.
+        self.last_line = ""
+        # This pipe brings the request, and its end tells the runner that we are gone. Not stdin: a revision that reads
+        # stdin finds its end at once.
         reading, self._alive = os.pipe()
         # A pipe takes 64 KB before anybody reads; a request has less than 4.
         os.write(self._alive, json.dumps({"arguments": alembic.arguments, **request}).encode() + b"\n")
         try:
             self._process = subprocess.Popen(  # noqa: S603  (the operator's own interpreter)
-                [alembic.python, str(PROGRAM), str(reading)], pass_fds=[reading], stdin=subprocess.DEVNULL,
-                cwd=alembic.folder, env=environment.child_environment(**variables), bufsize=0,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
+                [alembic.python, str(PROGRAM), str(reading)],
+                cwd=alembic.folder,
+                env=environment.child_environment(**variables),
+                pass_fds=[reading],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
         except OSError as error:
             os.close(self._alive)
             raise unfit(alembic, f"does not start: {error.strerror}") from error
@@ -75,48 +83,58 @@ class Child:
 
     def events(self, every: float) -> Iterator[dict[str, Any]]:
         """
-        What it says until it ends, and an empty event at once and every so many seconds; what the tree prints goes to
-        the log.
+        The runner's events until it ends, and an empty event at once and then every so many seconds.
 
-        What it has started may live on and keep the pipes open.
+        The tree's own output goes to the log.
         """
-        stdout, stderr = self._process.stdout, self._process.stderr
+        stdout = self._process.stdout
+        stderr = self._process.stderr
         assert stdout and stderr
+        due = Deadline(0)
         ended: Deadline | None = None
+        incomplete: dict[int, bytes] = defaultdict(bytes)
         with selectors.DefaultSelector() as selector:
-            for stream in (stdout, stderr):
-                selector.register(stream, selectors.EVENT_READ, _Lines(stream))
-            due = Deadline(0)
+            selector.register(stdout, selectors.EVENT_READ)
+            selector.register(stderr, selectors.EVENT_READ)
             while selector.get_map() and not (ended and ended.passed):
-                for key, _ in selector.select(ended.remaining if ended else due.remaining):
-                    lines = key.data.read()
-                    if lines is None:
-                        selector.unregister(key.fileobj)
-                    for line in lines or ():
-                        if key.fileobj is stderr:
-                            self.output.append(line)
-                            logger.debug("tree: %s", line)
-                            continue
-                        event = json.loads(line)
-                        if event["event"] in ("done", "error"):
-                            ended = Deadline(LAST_WORDS)
-                        yield event
+                for pipe, line in _read_lines(selector, (ended or due).remaining, incomplete):
+                    if pipe == stderr.fileno():
+                        self.last_line = line
+                        logger.debug("tree: %s", line)
+                        continue
+                    event = json.loads(line)
+                    if event["event"] in ("done", "error"):
+                        ended = Deadline(LAST_OUTPUT)
+                    yield event
                 if due.passed and not ended:
                     yield {}
-                    if self.returncode is not None:
-                        ended = Deadline(LAST_WORDS)
                     due = Deadline(every)
+                    if self.returncode is not None:
+                        ended = Deadline(LAST_OUTPUT)
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(LAST_WORDS)
+            self._process.wait(LAST_OUTPUT)
+
+
+def _read_lines(
+    selector: selectors.BaseSelector, timeout: float, incomplete: dict[int, bytes]
+) -> Iterator[tuple[int, str]]:
+    """The lines that are complete within so many seconds, each with its pipe. A closed pipe leaves the selector."""
+    for key, _ in selector.select(timeout):
+        data = os.read(key.fd, PIPE_BYTES)
+        if not data:
+            selector.unregister(key.fileobj)
+        *lines, incomplete[key.fd] = (incomplete[key.fd] + data).split(b"\n")
+        for line in lines:
+            yield key.fd, line.decode(errors="replace")
 
 
 def ask(alembic: Alembic, request: Mapping[str, Any], **variables: str) -> dict[str, Any]:
     """
-    The answer of the tree's own Alembic to one request, in its own process (`script/`).
+    The answer of the tree's own Alembic to one request, in its own process.
 
-    Where it fails, the answer has a `message` and nothing else that was asked for. variables: for its environment.
+    If the tree fails, the answer has a `message` and nothing that was asked for. variables: for the environment.
 
-    Raises SettingsError where the interpreter does not start, or has no Alembic.
+    Raises SettingsError if the interpreter does not start, or has no Alembic.
     """
     deadline = Deadline(ASK_TIMEOUT)
     with Child(alembic, request, **variables) as child:
@@ -127,24 +145,9 @@ def ask(alembic: Alembic, request: Mapping[str, Any], **variables: str) -> dict[
                 return event
             if deadline.passed:
                 return {"message": f"no answer within {ASK_TIMEOUT:.0f}s"}
-    return {"message": child.output[-1] if child.output else f"its interpreter ended with code {child.returncode}"}
+    return {"message": child.last_line or f"its interpreter ended with code {child.returncode}"}
 
 
 def unfit(alembic: Alembic, why: str) -> SettingsError:
     """The tree's interpreter cannot run the tree. why: what it does or lacks."""
     return SettingsError([f"BIFROST_ALEMBIC_PYTHON names {alembic.python}, which {why}"])
-
-
-class _Lines:
-    """Whole lines of a pipe that is read as data comes."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._rest = stream, b""
-
-    def read(self) -> list[str] | None:
-        """The lines that are complete now; None at the end of the stream."""
-        data = os.read(self._stream.fileno(), 65536)
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]

@@ -14,6 +14,26 @@ from bifrost_bootstrap.servers import postgres
 from bifrost_bootstrap.settings import Settings
 from bifrost_bootstrap.urls import PostgresUrl
 
+#: Of each verdict that no migration changes: why, and what to do.
+_REFUSALS = {
+    "unknown_revision": (
+        "the database is at {database_heads}, which this image does not have; it knows up to {heads}",
+        (
+            "deploy the image that has it; for a rollback that keeps the schema set BIFROST_ALLOW_AHEAD=1; "
+            "if another application recorded it, name the tree's own table in BIFROST_ALEMBIC_VERSION_TABLE"
+        ),
+    ),
+    "several_heads": (
+        "the tree has the heads {heads} and not each is a branch with a label of its own",
+        "merge them: alembic merge -m 'merge heads' {all_heads}",
+    ),
+    "overlapping_heads": (
+        "the database is at {database_heads}, of which one builds on another; Alembic upgrades from no such state",
+        "delete the rows of the version table that others build on",
+    ),
+    "empty_tree": ("the tree has no revision", "check BIFROST_ALEMBIC_CONFIG and what the image holds"),
+}
+
 
 @dataclass(frozen=True)
 class SchemaState:
@@ -42,32 +62,11 @@ class SchemaState:
 
     def refusal(self) -> SchemaError | None:
         """Why no migration can bring this database to this tree's head, or None."""
-        match self.verdict:
-            case "unknown_revision" if not self.ready:
-                unknown, heads = ", ".join(self.database_heads), ", ".join(self.heads)
-                return SchemaError(
-                    self.verdict,
-                    f"the database is at {unknown}, which this image does not have; it knows up to {heads}",
-                    "deploy the image that has it; for a rollback that keeps the schema set BIFROST_ALLOW_AHEAD=1; "
-                    "where another application recorded it, name the tree's own table in BIFROST_ALEMBIC_VERSION_TABLE",
-                )
-            case "several_heads":
-                return SchemaError(
-                    self.verdict,
-                    f"the tree has the heads {', '.join(self.heads)} and not each is a branch with a label of its own",
-                    f"merge them: alembic merge -m 'merge heads' {' '.join(self.heads)}",
-                )
-            case "overlapping_heads":
-                return SchemaError(
-                    self.verdict,
-                    f"the database is at {', '.join(self.database_heads)}, of which one builds on another; Alembic "
-                    "upgrades from no such state",
-                    "delete the rows of the version table that others build on",
-                )
-            case "empty_tree":
-                todo = "check BIFROST_ALEMBIC_CONFIG and what the image holds"
-                return SchemaError(self.verdict, "the tree has no revision", todo)
-        return None
+        if self.ready or self.verdict not in _REFUSALS:
+            return None
+        heads = {"heads": ", ".join(self.heads), "database_heads": ", ".join(self.database_heads)}
+        why, todo = _REFUSALS[self.verdict]
+        return SchemaError(self.verdict, why.format(**heads), todo.format(all_heads=" ".join(self.heads)))
 
 
 def judge(tree: Tree, database_heads: Iterable[str], *, allow_ahead: bool) -> SchemaState:

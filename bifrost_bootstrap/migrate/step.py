@@ -18,20 +18,23 @@ from bifrost_bootstrap.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-#: Pauses between two attempts, seconds.
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
-#: What is said of a revision that has run and is not in the version table.
+#: Pauses between two attempts, seconds: a deadlock is over at once, a server that restarts takes longer.
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 15.0
+#: How often in a row the tree's process may end without a report: by a signal, or out of memory.
+MAX_CRASHES = 3
+#: Errors after which another attempt may succeed. One of them is OwnProcessError: the tree's process crashed.
+_PASSING = (errors.BusyError, errors.RefusedError, errors.UnavailableError)
+#: The error of a revision that ended without an error, but is not in the version table.
 _UNRECORDED = (
     "it ran without an error, and its version was not recorded: the revision, or env.py, ends the transaction itself, "
     "for instance by connection.commit()"
 )
-#: How often in a row the tree's process may end without a report: by a signal, or out of memory.
-MAX_CRASHES = 3
 
 
 @dataclass(frozen=True)
 class MigrateResult(Facts):
-    """What a migrate did. `applied` is empty where nothing was to do; `ahead` where it was not ours to do."""
+    """What a migrate did. `applied` is empty if nothing was to do; `ahead` if it was not ours to do."""
 
     verdict: str
     revision_from: list[str]
@@ -44,62 +47,73 @@ def migrate(settings: Settings, deadline: Deadline, report: Report) -> MigrateRe
     """
     Upgrade to the tree's heads, or find that nothing is to do (one read, no lock).
 
-    The deadline bounds waiting: for the migration lock, for table locks, for a server that is away. A revision
-    that works is not ended by it. Safe to be called at any time by any number of processes.
+    The deadline bounds waiting: for the migration lock, for table locks, for a server that is away. It does not end a
+    revision that works. Any number of processes may call it at any time.
 
-    Raises SchemaError before any DDL where the head cannot be reached, MigrationError where a revision failed,
-    MigrateGivenUpError where the tree's process died each time, BusyError and UnavailableError at the deadline,
-    RefusedError where that lasts longer than `RejectionTimer`, and the configuration errors of the tree.
+    Raises SchemaError before any DDL if the head cannot be reached, MigrationError if a revision failed,
+    MigrateGivenUpError if the tree's process crashed each time, BusyError and UnavailableError at the deadline,
+    RefusedError if that lasts longer than `RejectionTimer`, and the configuration errors of the tree.
     """
     started = time.monotonic()
     tree = tree_loading.load(settings)
     logger.info("tree %s (%s), heads %s", tree.alembic.config, tree.why, ", ".join(tree.heads) or "none")
-    url = settings.migration_database
     before: SchemaState | None = None
     applied: list[Applied] = []
     rejections = RejectionTimer()
-    attempt = deaths = 0
+    attempt = 1
+    crashes = 0
     while True:
-        attempt += 1
         try:
-            state = schema_state.read_schema_state(url, tree, settings)
+            state = _read_state(settings, tree)
             before = before or state
-            if refusal := state.refusal():
-                raise refusal
-            if state.ready:
-                return MigrateResult(
-                    state.verdict, list(before.database_heads), list(state.database_heads), applied,
-                    round(time.monotonic() - started, 3),
-                )  # fmt: skip
-            with lock.hold(url, deadline, lambda note: report(Progress("migrate", note=note))) as held:
-                # Somebody may have been faster while we waited.
-                state = schema_state.read_schema_state(url, tree, settings)
-                if not state.ready and not state.refusal():
-                    runner.upgrade(settings, tree, held, deadline, applied, report)
-                    _look_at_result(settings, tree, applied)
-        except errors.OwnProcessError as died:
-            error: errors.BootstrapError = died
-            deaths += 1
-            if deaths == MAX_CRASHES:
-                raise errors.MigrateGivenUpError(deaths, str(error)) from died
-        except (errors.BusyError, errors.RefusedError, errors.UnavailableError) as passing:
-            error, deaths = passing, 0
-        else:
-            continue
-        if rejections.expired_by(error):
-            raise error
-        if not deadline.passed:
+            while not state.ready:
+                _upgrade(settings, tree, deadline, applied, report)
+                state = _read_state(settings, tree)
+            seconds = round(time.monotonic() - started, 3)
+            return MigrateResult(
+                state.verdict, list(before.database_heads), list(state.database_heads), applied, seconds
+            )
+        except _PASSING as error:
+            crashes = crashes + 1 if isinstance(error, errors.OwnProcessError) else 0
+            if crashes == MAX_CRASHES:
+                raise errors.MigrateGivenUpError(crashes, str(error)) from error
+            if rejections.expired_by(error) or deadline.passed:
+                raise
             logger.warning("migrate: %s; trying again (attempt %d, %.0fs left)", error, attempt + 1, deadline.remaining)
             report(Progress("migrate", note=f"attempt {attempt + 1}: {error}"))
             deadline.pause(attempt, first=FIRST_PAUSE, longest=LONGEST_PAUSE)
-        if deadline.passed:
-            # Not one more attempt, which would end when who waits for us has gone.
-            raise error
+            if deadline.passed:
+                # Do not start another attempt after the deadline: nobody would wait for it.
+                raise
+            attempt += 1
 
 
-def _look_at_result(settings: Settings, tree: Tree, applied: list[Applied]) -> None:
-    """After an upgrade without an error: is it recorded where we read, and did it leave something broken?"""
-    url, table = settings.migration_database, settings.alembic_version_table
+def _upgrade(settings: Settings, tree: Tree, deadline: Deadline, applied: list[Applied], report: Report) -> None:
+    """Upgrade once under the migration lock. Adds to `applied` what was applied and committed, also before an error."""
+    url = settings.migration_database
+    with lock.hold(url, deadline, lambda note: report(Progress("migrate", note=note))) as held:
+        if _read_state(settings, tree).ready:
+            # Another process has migrated while this one waited for the lock.
+            return
+        result = runner.upgrade(settings, tree, held, deadline, report)
+        applied += result.applied
+        if result.error:
+            raise result.error
+        _check_result(settings, tree, applied)
+
+
+def _read_state(settings: Settings, tree: Tree) -> SchemaState:
+    """The state of the schema. Raises SchemaError if no migration leads from it to the tree's heads."""
+    state = schema_state.read_schema_state(settings.migration_database, tree, settings)
+    if refusal := state.refusal():
+        raise refusal
+    return state
+
+
+def _check_result(settings: Settings, tree: Tree, applied: list[Applied]) -> None:
+    """After an upgrade without an error: raise if it is not recorded where we read, and log what it left broken."""
+    url = settings.migration_database
+    table = settings.alembic_version_table
     state = schema_state.read_schema_state(url, tree, settings)
     with postgres.connect(url, "migration-result", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
         if not state.ready and not state.refusal():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bifrost_bootstrap.urls import digest
 
-#: Prefix of the queues on which the workers of one tree are asked.
+#: Prefix of the queues of which each belongs to the workers of one tree.
 QUEUE = "bifrost.bootstrap"
 
 
@@ -70,7 +70,7 @@ class Tree:
         branches = {head: self.upto([head], depends=False) for head in self.heads}
         for head, branch in branches.items():
             siblings = [other for name, other in branches.items() if name != head and other & branch]
-            # A label of the trunk, before the fork, tells branches no more apart than no label.
+            # A label from before the fork belongs to several branches, and so names none of them.
             own = branch.difference(*siblings)
             if siblings and not any(self.revisions[name].labels for name in own):
                 return True
@@ -99,7 +99,11 @@ class Tree:
 
 
 def in_order(revisions: Mapping[str, Revision], done: set[str]) -> list[Revision]:
-    """Those that are not done, each after what it builds and depends on; what goes in a circle is left out."""
+    """
+    Those that are not done, each after what it builds and depends on.
+
+    What depends on a missing revision, or on itself in a circle, is left out.
+    """
     done = set(done)
     ordered: list[Revision] = []
     rest = sorted(revisions.keys() - done)

@@ -1,7 +1,7 @@
 """
-Find the tree of this deployment and read it, from its source or by asking its own Alembic in a process of its own.
+Find the tree of this deployment and read it: from its source, or by asking its own Alembic in another process.
 
-Nothing of the tree is run in this process.
+This process runs nothing of the tree.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from bifrost_bootstrap import settings as environment
 from bifrost_bootstrap.errors import MigrationError, SettingsError, TreeError
 from bifrost_bootstrap.migrate import process
 from bifrost_bootstrap.migrate.tree import Alembic, Revision, Tree
-from bifrost_bootstrap.migrate.tree_source import read_source, script_location, visits_several
+from bifrost_bootstrap.migrate.tree_source import may_run_several_times, read_source, script_location
 from bifrost_bootstrap.redaction import masked
 from bifrost_bootstrap.settings import Settings
 
-#: What stands for the schema of a version table where the search path leads to none yet (`script/`).
+#: Stands for the schema of a version table if the search path leads to none yet (`script/tree_answers.py`).
 NOWHERE = "(no schema)"
+#: The answers of `version_tables`, which each cost a process.
 _VERSION_TABLES: dict[tuple[Alembic, str], tuple[str, ...]] = {}
 BUILTIN = Path(__file__).parents[1] / "migrations" / "alembic.ini"
 
@@ -27,8 +28,8 @@ def load(settings: Settings) -> Tree:
     """
     Find and read the tree.
 
-    Raises SettingsError where none is named or the file is not there, TreeError where its configuration or its own
-    code fails, MigrationError where its revisions do not fit together.
+    Raises SettingsError if none is named or the file does not exist, TreeError if its configuration or its own code
+    fails, MigrationError if its revisions do not fit together.
     """
     config, why = _find(settings)
     section = settings.alembic_name or "alembic"
@@ -37,20 +38,20 @@ def load(settings: Settings) -> Tree:
     location, plain = script_location(config, section)
     folder = _working_folder(config, location)
     alembic = Alembic(settings.alembic_python or sys.executable, folder, config, options)
-    # A pyproject.toml in the working folder has a say in what the ini leaves out.
+    # Alembic reads what the ini leaves out from a pyproject.toml in the working folder.
     readable = plain and location and not environment.has_tree(folder / environment.PYPROJECT)
     revisions = read_source(folder / location / "versions") if readable else None
     env = folder / location / "env.py"
     if revisions is None:
-        revisions, env = _described(alembic)
-    return Tree(alembic, why, {revision.revision: revision for revision in revisions}, visits_several(env))
+        revisions, env = _ask_alembic(alembic)
+    return Tree(alembic, why, {revision.revision: revision for revision in revisions}, may_run_several_times(env))
 
 
 def _find(settings: Settings) -> tuple[Path, str]:
     named = settings.alembic_config
     if named == "builtin":
         return BUILTIN, "BIFROST_ALEMBIC_CONFIG=builtin"
-    # Not resolved: `%(here)s` is the folder of the link, as for Alembic.
+    # Do not resolve links: `%(here)s` is the folder of the link, as for Alembic.
     if named and Path(named).is_file():
         return Path(named).absolute(), "BIFROST_ALEMBIC_CONFIG or ALEMBIC_CONFIG names it"
     if named:
@@ -61,12 +62,12 @@ def _find(settings: Settings) -> tuple[Path, str]:
 
 
 def _working_folder(config: Path, location: str) -> Path:
-    """Where Alembic runs: in ours, as if it were typed there; in that of the ini file where only there the tree is."""
+    """Where Alembic runs: in the working folder, as if typed there, or in the ini's if the tree is only there."""
     folders = (Path.cwd(), config.parent) if location else ()
     return next((folder for folder in folders if (folder / location / "env.py").is_file()), Path.cwd())
 
 
-def _described(alembic: Alembic) -> tuple[list[Revision], Path]:
+def _ask_alembic(alembic: Alembic) -> tuple[list[Revision], Path]:
     """The revisions, and where env.py is."""
     answer = process.ask(alembic, {"mode": "describe"})
     if "revisions" not in answer:
@@ -83,10 +84,10 @@ def version_tables(alembic: Alembic, url: str) -> tuple[str, ...]:
     """
     Where env.py keeps its versions in the database of this URL, `schema.table` each, in its order.
 
-    Asked of env.py as `alembic current` asks it, with nothing written; once in a process, when all of them have a
-    schema. url: as the operator wrote it.
+    env.py runs as for `alembic current`, and writes nothing. It runs once in the life of this process, if all tables
+    have a schema. url: as the operator wrote it.
 
-    Raises TreeError where env.py fails, SettingsError where its interpreter does not start.
+    Raises TreeError if env.py fails, SettingsError if its interpreter does not start.
     """
     if known := _VERSION_TABLES.get((alembic, url)):
         return known

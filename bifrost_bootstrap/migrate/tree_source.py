@@ -1,9 +1,8 @@
 """
-The revisions of a plainly written tree, read from its source.
+Read a plainly written tree from its source.
 
-Importing Alembic costs more than a whole `init` with nothing to do. Where anything is not plain (a value that is
-computed or assigned twice, several version locations, two files of one id), there is no answer here, and Alembic is
-asked.
+Importing Alembic costs more than a whole `init` with nothing to do. If anything is not plain (a value that is computed
+or assigned twice, several version locations, two files with the same id), the answer here is None and Alembic is asked.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import ast
 import configparser
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from bifrost_bootstrap.migrate.tree import Revision, in_order
@@ -23,8 +21,9 @@ VARIABLES = ("revision", "down_revision", "depends_on", "branch_labels")
 DYNAMIC = {"globals", "vars", "locals", "exec", "eval", "setattr"}
 #: Options of the configuration with which the revisions are not simply the files of `versions`.
 UNUSUAL = {"version_locations", "recursive_version_locations", "sourceless"}
-#: What runs its body more than once; and what runs a function, or a coroutine, that it is given, once.
-REPEATS = (ast.For, ast.AsyncFor, ast.While, ast.comprehension)
+#: Syntax that runs its body more than once.
+LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.comprehension)
+#: Functions that run the function or coroutine that they are given once.
 RUNNERS = {"run", "run_sync", "run_until_complete"}
 #: Files of `versions` that Alembic does not take for revisions begin with one of these.
 NO_REVISION = (".#", "__init__")
@@ -34,30 +33,31 @@ def read_source(versions: Path) -> list[Revision] | None:
     """
     The revisions in this folder of a script directory.
 
-    None where only Alembic itself can tell, also what is wrong with the tree.
+    None if only Alembic itself can tell, also if the tree is faulty: Alembic has the words for that.
     """
     if not versions.is_dir():
         return None
-    files = [file for file in sorted(versions.glob("*.py")) if not file.name.startswith(NO_REVISION)]
     revisions: dict[str, Revision] = {}
-    for file in files:
+    for file in sorted(versions.glob("*.py")):
+        if file.name.startswith(NO_REVISION):
+            continue
         revision = _read_revision(file)
         if revision is None or revision.revision in revisions:
             return None
         revisions[revision.revision] = revision
-    labels = [label for revision in revisions.values() for label in revision.labels]
-    named = {name for revision in revisions.values() for name in (*revision.down, *revision.depends_on)}
-    plain = named <= revisions.keys() and len({*labels, *revisions}) == len(labels) + len(revisions)
-    # What goes in a circle can never be applied; Alembic has the words for it.
-    applicable = in_order(revisions, set())
-    return list(revisions.values()) if plain and len(applicable) == len(revisions) else None
+    names = [*revisions, *(label for revision in revisions.values() for label in revision.labels)]
+    if len(names) != len(set(names)):
+        return None
+    # Revisions are left out of this order if they depend on one that is missing, or on each other in a circle.
+    ordered = in_order(revisions, set())
+    return list(revisions.values()) if len(ordered) == len(revisions) else None
 
 
 def script_location(config: Path, section: str) -> tuple[str, bool]:
     """
     The script location in this section of an ini file, and whether its revisions are simply the files of `versions`.
 
-    The location is "" where it is no ini file, or one that only Alembic can read.
+    The location is "" if the file is no ini file, or one that only Alembic can read.
     """
     # RawConfigParser and not Alembic's interpolation: of the values only `%(here)s` is read here.
     parser = configparser.RawConfigParser()
@@ -75,78 +75,70 @@ def script_location(config: Path, section: str) -> tuple[str, bool]:
 def _read_revision(file: Path) -> Revision | None:
     try:
         module = ast.parse(file.read_bytes())
-        values = _values(module)
+        values = _read_variables(module)
         revision, down, depends_on, labels = (_names(values.get(name)) for name in VARIABLES)
     except (OSError, RecursionError, SyntaxError, TypeError, ValueError):
         return None
-    # In other ids there may be characters that Alembic refuses.
+    # Alembic refuses some characters in other ids.
     if len(revision) != 1 or "down_revision" not in values or not re.fullmatch(r"\w+", revision[0]):
         return None
     return Revision(revision[0], first_line(ast.get_docstring(module) or ""), down, depends_on, labels)
 
 
-def _values(module: ast.Module) -> dict[str, object]:
-    """The variables that are assigned once, plainly, in the module itself. Raises ValueError where one is not."""
+def _read_variables(module: ast.Module) -> dict[str, object]:
+    """The variables that the module assigns once and plainly. Raises ValueError if one is set in another way."""
     values: dict[str, object] = {}
     for node in module.body:
-        if isinstance(node, ast.Assign):
-            targets: list[ast.expr] = node.targets
-        elif isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        else:
-            continue
-        for target in targets:
-            if isinstance(target, ast.Name) and target.id in VARIABLES and node.value:
-                values[target.id] = ast.literal_eval(node.value)
-    if _bindings(module) != Counter(values.keys()):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name) and target.id in VARIABLES:
+                    values[target.id] = ast.literal_eval(node.value)
+    if _count_bindings(module) != Counter(values.keys()):
         raise ValueError("a variable is set in another way than by one assignment")
     return values
 
 
-def _bindings(module: ast.Module) -> Counter[str]:
-    """How often each of the variables is set, in whatever way. Raises ValueError where that cannot be seen."""
+def _count_bindings(module: ast.Module) -> Counter[str]:
+    """How often each of the variables is set, in whatever way. Raises ValueError if that cannot be seen."""
     found: Counter[str] = Counter()
     for node in ast.walk(module):
         if isinstance(node, ast.Name) and node.id in DYNAMIC:
             raise ValueError("variables may be set unseen")
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
             raise ValueError("variables may be imported unseen")
-        reads = isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
-        if not reads and not isinstance(node, ast.Constant | ast.keyword | ast.arg):
-            found.update(name for name in _identifiers(node) if name in (*VARIABLES, "__doc__"))
+        is_read = isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if not is_read and not isinstance(node, ast.Constant | ast.keyword | ast.arg):
+            fields = [value for _, value in ast.iter_fields(node)]
+            identifiers = [*fields, *(item for value in fields if isinstance(value, list) for item in value)]
+            found.update(name for name in identifiers if name in (*VARIABLES, "__doc__"))
     return found
 
 
-def _identifiers(node: ast.AST) -> Iterable[str]:
-    for _, value in ast.iter_fields(node):
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str):
-                yield item
-
-
-def visits_several(env: Path) -> bool:
+def may_run_several_times(env: Path) -> bool:
     """
     Whether this env.py may run the revisions more than once, for several schemas or version tables.
 
-    False only where it is plain that it does not: no loop, no search path, and each function on the way to
-    `run_migrations` named once, where it is called or given to a runner of coroutines.
+    False only if it plainly does not: it has no loop and no search path, and names each function on the way to
+    `run_migrations` once, to call it or to give it to a runner of coroutines.
     """
     try:
         nodes = list(ast.walk(ast.parse(env.read_bytes())))
     except (OSError, RecursionError, SyntaxError, ValueError):
         return True
-    repeats = (isinstance(node, REPEATS) or "search_path" in str(getattr(node, "value", "")) for node in nodes)
+    if any(isinstance(node, LOOPS) or "search_path" in str(getattr(node, "value", "")) for node in nodes):
+        return True
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     on_the_way = {"run_migrations"}
     while more := {one.name for one in functions if on_the_way & set(map(_named, ast.walk(one)))} - on_the_way:
         on_the_way |= more
-    uses = Counter(_named(node) for node in nodes)
-    given = {_named(one) for call in calls if _last_name(call.func) not in RUNNERS for one in call.args}
-    # Offline and online each have one.
-    migrates = uses["run_migrations"] in (1, 2)
-    once = all(uses[name] == 1 for name in on_the_way - {"run_migrations"})
-    return any(repeats) or not migrates or not once or bool(given & on_the_way)
+    uses = Counter(map(_named, nodes))
+    # Offline and online each run them once.
+    runs_once = uses["run_migrations"] in (1, 2)
+    if not runs_once or any(uses[name] != 1 for name in on_the_way - {"run_migrations"}):
+        return True
+    given_away = {_named(one) for call in calls if _last_name(call.func) not in RUNNERS for one in call.args}
+    return bool(given_away & on_the_way)
 
 
 def _named(node: ast.AST) -> str:

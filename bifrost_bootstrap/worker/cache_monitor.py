@@ -133,4 +133,4 @@ class CacheMonitor:
             return True
         url = self._settings.migration_database
         with postgres.connect(url, "guard", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
-            return lock.holder(connection) is not None
+            return bool(lock.read_holder(connection))

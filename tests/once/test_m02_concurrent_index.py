@@ -6,7 +6,7 @@ import pytest
 
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.migrate import lock
-from bifrost_bootstrap.migrate.blockers import BlockerWatch
+from bifrost_bootstrap.migrate.blockers import read_blockers
 from bifrost_bootstrap.urls import parse_postgres
 from tests.servers import Database
 from tests.setups.migration import (
@@ -50,12 +50,12 @@ def test_m02_session_of_the_lock_holds_no_snapshot(database: Database) -> None:
 
     def snapshot() -> object:
         query = "SELECT backend_xmin::text FROM pg_stat_activity WHERE pid = %s"
-        return database.execute(query, (held.proof.pid,))[0][0]
+        return database.execute(query, (held.identity["pid"],))[0][0]
 
     with lock.hold(url, Deadline(10), lambda _what: None) as held:
         assert snapshot() is None
         with held.borrowed_connection() as connection:
-            BlockerWatch(url).read_blockers(connection)
+            read_blockers(connection)
             assert snapshot() is not None  # the control
         assert snapshot() is None
         assert held.end_runners() == []

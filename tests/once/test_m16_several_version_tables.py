@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bifrost_bootstrap.migrate.tree_source import visits_several
+from bifrost_bootstrap.migrate.tree_source import may_run_several_times
 from tests.conftest import RunBootstrap
 from tests.servers import Database
 from tests.setups.migration import StartMigrate, Tree, outcome
@@ -145,7 +145,7 @@ def test_m16_env_py_that_may_run_revisions_twice(source: str, several: bool, tmp
     """If env.py may run its revisions more than once, its version tables are asked for."""
     env = tmp_path / "env.py"
     env.write_text(source)
-    assert visits_several(env) is several
+    assert may_run_several_times(env) is several
 
 
 def test_m16_version_table_of_another_application(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:

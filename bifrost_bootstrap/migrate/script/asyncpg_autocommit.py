@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from .drivers import asyncpg_autocommit_session, end_asyncpg_transaction, run, run_async
-from .events import Refused
+from .events import LockLost
 from .runner_lock import RunnerLock
 from .statements import controls_transaction, needs_no_transaction
 
@@ -50,7 +50,7 @@ def run_in_transaction(lock: RunnerLock, session: Any, call: Callable[[], Any]) 
 
     async def assert_migration_lock_held(driver: Any) -> None:
         if not await driver.fetchval(lock.held_query):
-            raise Refused("lock_lost")
+            raise LockLost
 
     async def in_transaction(driver: Any) -> None:
         async with driver.transaction():

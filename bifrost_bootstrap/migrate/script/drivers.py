@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -57,14 +57,12 @@ def forget_transaction(connection: Connection) -> None:
 
 
 def run(connection: Connection, statement: str) -> None:
-    """Run a statement without a result."""
-    with disconnects_marked(connection):
-        if session := asyncpg_autocommit_session(connection):
+    """Run a statement without a result; outside a transaction if the connection is."""
+    if session := asyncpg_autocommit_session(connection):
+        with disconnects_marked(connection):
             run_async(session, lambda driver: driver.execute(statement))
-            return
-        cursor = connection.connection.cursor()
-        cursor.execute(statement)
-        cursor.close()
+    else:
+        ask(connection, statement)
 
 
 def ask(connection: Connection, query: str) -> Any:
@@ -77,22 +75,20 @@ def ask(connection: Connection, query: str) -> Any:
     with disconnects_marked(connection):
         if session := asyncpg_autocommit_session(connection):
             return run_async(session, fetch_in_transaction)
-        cursor = connection.connection.cursor()
-        cursor.execute(query)
-        row = cursor.fetchone()
-        cursor.close()
-        return row
+        with closing(connection.connection.cursor()) as cursor:
+            cursor.execute(query)
+            return cursor.fetchone() if cursor.description else None
 
 
 @contextmanager
 def disconnects_marked(connection: Connection) -> Iterator[None]:
-    """Raise Refused("disconnected") if the connection breaks: SQLAlchemy translates no driver's error in an event."""
+    """Raise Refused("unavailable") if the connection breaks: SQLAlchemy translates no driver's error in an event."""
     session = driver_session(connection)
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) or connection.dialect.is_disconnect(error, session, None):  # type: ignore[arg-type]
-            raise Refused("disconnected", message=str(error)) from error
+            raise Refused("unavailable", message=str(error)) from error
         raise
 
 

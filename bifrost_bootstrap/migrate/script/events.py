@@ -16,6 +16,13 @@ class Refused(Exception):
         self.facts = facts
 
 
+class LockLost(Refused):
+    """The parent does not hold the migration lock any more."""
+
+    def __init__(self) -> None:
+        super().__init__("unavailable", message="the migration lock was lost while a revision ran")
+
+
 class Events:
     """The only way out of this process."""
 

@@ -18,10 +18,12 @@ from .transaction_guard import TransactionGuard
 
 class LockGuard:
     """
-    Hands each transaction to `TransactionGuard`, and each statement outside one over with a check and a comment.
+    `TransactionGuard` ties each transaction to the lock. Each statement outside one gets a check and a comment.
 
-    Connections to other databases are left alone. request: its field `tag` is the comment; `leftover` is the condition
-    on `pg_index i` for an INVALID index that no session is building.
+    Nothing is done on connections to other databases.
+
+    request: beside the fields for `RunnerLock`, `tag` is the comment, and `leftover` the condition on `pg_index i` for
+    an INVALID index that no session is building.
     """
 
     def __init__(self, request: dict[str, Any], events: Events) -> None:
@@ -33,36 +35,25 @@ class LockGuard:
 
     def listen(self) -> None:
         event.listen(Engine, "do_connect", prepare_connecting)
-        event.listen(Engine, "begin", self.on_begin)
-        event.listen(Engine, "commit", self.on_commit)
+        event.listen(Engine, "begin", self.transactions.on_begin)
+        event.listen(Engine, "commit", self.transactions.on_commit)
         event.listen(Engine, "before_cursor_execute", self.before_execute, retval=True)
         for name, method in (("do_execute", "_prepare_and_execute"), ("do_executemany", "_executemany")):
             event.listen(Engine, name, partial(asyncpg_autocommit.run_statement, self.lock, method))
         event.listen(Engine, "after_cursor_execute", self.after_execute)
 
-    def on_begin(self, connection: Connection) -> None:
-        if not self.lock.find_other_database(connection):
-            self.transactions.on_begin(connection)
-
-    def on_commit(self, connection: Connection) -> None:
-        if not self.lock.find_other_database(connection):
-            self.transactions.on_commit(connection)
-
     def before_execute(
-        self, connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
+        self, connection: Connection, _cursor: Any, statement: str, parameters: Any, *_more: Any
     ) -> tuple[str, Any]:
-        if self.lock.find_other_database(connection):
-            return statement, parameters
-        self.transactions.before_statement(connection, statement)
-        if not is_autocommit(connection):
-            return statement, parameters
-        self.lock.assert_migration_lock_held(connection)
-        self.drop_invalid_index(connection, statement)
-        return f"{self._tag} {statement}", parameters
+        if not self.lock.find_other_database(connection):
+            self.transactions.before_statement(connection, statement)
+            if is_autocommit(connection):
+                self.lock.assert_migration_lock_held(connection)
+                self.drop_invalid_index(connection, statement)
+                statement = f"{self._tag} {statement}"
+        return statement, parameters
 
-    def after_execute(
-        self, connection: Connection, _cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
-    ) -> None:
+    def after_execute(self, connection: Connection, _cursor: Any, statement: str, *_more: Any) -> None:
         """Build again if IF NOT EXISTS has waited for another session's build, which then failed, and skipped ours."""
         if self.lock.find_other_database(connection) or not is_autocommit(connection):
             return

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from .error_report import describe_error
@@ -22,27 +23,21 @@ CANCEL_GRACE = 3.0
 
 def main() -> NoReturn:
     """Answer the request, and end with 0 if that succeeded."""
+    pipe = int(sys.argv[1])
+    events = Events()
     code = 1
     try:
-        code = answer_request(int(sys.argv[1]))
-        sys.stderr.flush()
-    finally:
-        # Not sys.exit: threads and exit handlers of the tree must not change what was reported.
-        os._exit(code)
-
-
-def answer_request(pipe: int) -> int:
-    """Read the request from the pipe and do what it asks for. Returns the exit code."""
-    events = Events()
-    os.set_inheritable(pipe, False)
-    request = json.loads(os.read(pipe, PIPE_BYTES))
-    try:
-        run_mode(request, pipe, events)
+        os.set_inheritable(pipe, False)
+        run_mode(json.loads(os.read(pipe, PIPE_BYTES)), pipe, events)
+        code = 0
     except BaseException as error:
         traceback.print_exc()
         events.send("error", **describe_error(error))
-        return 1
-    return 0
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        # Not sys.exit: threads and exit handlers of the tree must not change what was reported.
+        os._exit(code)
 
 
 def run_mode(request: dict[str, Any], pipe: int, events: Events) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from .drivers import ask
-from .events import Refused
+from .events import LockLost
 
 #: Milliseconds between two checks of the server whether its client is still there (0.5 s measured to end).
 CONNECTION_CHECK = 1000
@@ -45,15 +45,15 @@ class RunnerLock:
         )
 
     def take(self, connection: Connection) -> None:
-        """Tie the transaction that has just begun to the migration lock. Raises Refused if the parent has lost it."""
+        """Tie the transaction that has just begun to the migration lock. Raises LockLost."""
         # First take the runner lock, then check. In the other order a new holder could come in between.
         ask(connection, self.take_query + self._lock_timeout_column)
         self.assert_migration_lock_held(connection)
 
     def assert_migration_lock_held(self, connection: Connection) -> None:
-        """Raise Refused unless the parent's transaction still holds the migration lock."""
+        """Raise LockLost unless the parent's transaction still holds the migration lock."""
         if not ask(connection, self.held_query)[0]:
-            raise Refused("lock_lost")
+            raise LockLost
 
     def find_other_database(self, connection: Connection) -> str | None:
         """Which other database than the locked one this connection leads to, or None. Asked once a connection."""

@@ -47,6 +47,8 @@ class TransactionGuard:
         self._lock = lock
 
     def on_begin(self, connection: Connection) -> None:
+        if self._lock.find_other_database(connection):
+            return
         state = state_of(connection)
         if state.ended_by_hand and not wants_autocommit(connection):
             driver_session(connection).autocommit = False
@@ -55,7 +57,7 @@ class TransactionGuard:
             self._tie(connection)
 
     def on_commit(self, connection: Connection) -> None:
-        if is_autocommit(connection):
+        if is_autocommit(connection) or self._lock.find_other_database(connection):
             return
         if state_of(connection).tie is Tie.UNTIED:
             self._tie(connection)
@@ -68,7 +70,8 @@ class TransactionGuard:
             return
         state = state_of(connection)
         if sets_transaction(statement):
-            if state.tie is Tie.FRESH and not self._has_written(connection):
+            # What the tree has written past SQLAlchemy must not be rolled back.
+            if state.tie is Tie.FRESH and ask(connection, "SELECT pg_current_xact_id_if_assigned() IS NULL")[0]:
                 driver_session(connection).rollback()
                 state.tie = Tie.UNTIED
         else:
@@ -116,8 +119,3 @@ class TransactionGuard:
         """Take the runner lock in the transaction that has just begun."""
         self._lock.take(connection)
         state_of(connection).tie = Tie.FRESH
-
-    @staticmethod
-    def _has_written(connection: Connection) -> bool:
-        """Whether the tree has written past SQLAlchemy, which no event shows and no rollback must take back."""
-        return not ask(connection, "SELECT pg_current_xact_id_if_assigned() IS NULL")[0]
