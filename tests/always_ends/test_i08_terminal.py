@@ -101,7 +101,7 @@ def test_i08_every_command(deployment: Deployment, command: str, code: int, says
         assert bool(COLOURED.search(shown.shown)) == (not variables and code != 64), shown.shown
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.slow  # 30 s
 def test_i08_every_command_with_a_worker(deployment: Deployment) -> None:
     """The same for the commands that need a schema or a worker, and for the worker. Without a terminal: plain lines."""
     deployment.env["BIFROST_ALEMBIC_CONFIG"] = "builtin"

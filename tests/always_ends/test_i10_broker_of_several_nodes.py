@@ -29,7 +29,7 @@ def declare_as_we_do(url: str, queue: str) -> None:
         lasting_queue(queue)(connection.default_channel).declare()
 
 
-@pytest.mark.slow  # half a minute: RabbitMQ is asked for 10 s, and deletes after 5
+@pytest.mark.slow  # 30 s: the worker asks RabbitMQ for 10 s, and the deletion takes 5 s
 def test_i10_node_killed_right_after_a_declaration(deployment: Deployment) -> None:
     """A single node that is killed right after the first declaration of a queue works again without help.
 
@@ -51,7 +51,7 @@ def declare_classic(url: str, queue: str) -> None:
         connection.default_channel.queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)
 
 
-@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # 30 s each: the rejection timeout
 @pytest.mark.parametrize("command", ["worker", "init"])
 def test_i10_queue_of_another_type_is_78(deployment: Deployment, run_bootstrap: RunBootstrap, command: str) -> None:
     """If a classic queue has the name of ours, worker and init end with 78 and the error of the broker."""

@@ -23,7 +23,7 @@ from tests.setups.migration import Tree
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def told(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
+def failure_of(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
     """Exit code, and what the JSON says."""
     return done.returncode, json.loads(done.stdout)["message"] if done.stdout.strip() else done.stderr
 
@@ -71,7 +71,7 @@ def test_i12_redis_without_that_database(
     """A Redis database number that does not exist is a configuration error."""
     server = start_server(RedisServer(run_folder, {"databases": "16"}))
     url = server.url(0).rpartition("/")[0] + "/" + path
-    code, message = told(run_bootstrap("check", "--json", env=bifrost_env | {"BIFROST_REDIS_URL": url}))
+    code, message = failure_of(run_bootstrap("check", "--json", env=bifrost_env | {"BIFROST_REDIS_URL": url}))
     assert (code, words in message) == (78, True), message
 
 
@@ -93,7 +93,7 @@ def test_i12_no_right_to_connect(database: Database, run_bootstrap: RunBootstrap
     try:
         as_superuser(database, f'REVOKE CONNECT ON DATABASE "{database.name}" FROM PUBLIC')
         url = database.url.replace(database.url.partition("://")[2].partition("@")[0], "nobody_here:a-long-password")
-        code, message = told(run_bootstrap("check", "--json", env=bifrost_env | {"BIFROST_DATABASE_URL": url}))
+        code, message = failure_of(run_bootstrap("check", "--json", env=bifrost_env | {"BIFROST_DATABASE_URL": url}))
         assert (code, "permission denied for database" in message) == (78, True), message
     finally:
         as_superuser(database, "DROP ROLE nobody_here")
@@ -113,7 +113,7 @@ def test_i12_statement_timeout_of_the_role(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow  # half a minute: the patience with a refusal
+@pytest.mark.slow  # 30 s: the rejection timeout
 def test_i12_row_level_security(database: Database, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]) -> None:
     """Rows that a policy hides are not treated as missing rows."""
     assert run_bootstrap("init", "--with-worker", env=bifrost_env).returncode == 0
@@ -121,7 +121,7 @@ def test_i12_row_level_security(database: Database, run_bootstrap: RunBootstrap,
         "INSERT INTO workspace_files (path, content, content_hash, entity_type) VALUES ('m.py', 'x', NULL, 'module')"
     )
     database.execute("ALTER TABLE workspace_files ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
-    code, message = told(run_bootstrap("init", "--with-worker", "--json", env=bifrost_env))
+    code, message = failure_of(run_bootstrap("init", "--with-worker", "--json", env=bifrost_env))
     assert (code, "row-level security policy" in message) == (78, True), message
 
 
@@ -142,7 +142,7 @@ def test_i12_row_in_another_encoding(
             "INSERT INTO workspace_files (path, content, entity_type) VALUES ('fine.py', 'x', 'module'),"
             " ('old.py', '# gr' || convert_from(decode('fc', 'hex'), 'SQL_ASCII') || 'n', 'module')"
         )
-        code, message = told(run_bootstrap("init", "--with-worker", "--json", env=env))
+        code, message = failure_of(run_bootstrap("init", "--with-worker", "--json", env=env))
     finally:
         database.server.drop_database(ascii_database)
     assert code == 2, message
@@ -172,12 +172,12 @@ def test_i12_user_without_write(
 ) -> None:
     """The last line has RabbitMQ's 403. The exit code is 78."""
     with permissions(rabbitmq, vhost_of(rabbitmq_url), ".*", "^$", ".*"):
-        code, message = told(run_bootstrap("init", "--with-worker", "--json", env=bifrost_env))
+        code, message = failure_of(run_bootstrap("init", "--with-worker", "--json", env=bifrost_env))
     assert code == 78, message
     assert "ACCESS_REFUSED" in message
 
 
-@pytest.mark.slow  # half a minute: the patience with a refusal
+@pytest.mark.slow  # 30 s: the rejection timeout
 def test_i12_queue_with_other_arguments(
     rabbitmq_url: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]
 ) -> None:
@@ -200,5 +200,5 @@ def test_i12_time_limit_of_a_worker(
     env = bifrost_env | {"BIFROST_ALEMBIC_CONFIG": str(tree.config)}
     celery = [sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "worker", option]
     start_command(celery, env=env).wait_for("ready")
-    code, message = told(run_bootstrap("init", "--json", "--timeout=40s", env=env))
+    code, message = failure_of(run_bootstrap("init", "--json", "--timeout=40s", env=env))
     assert (code, "time limit" in message) == (78, True), message

@@ -125,7 +125,7 @@ def test_m08_process_that_dies_every_time(database: Database, tree: Tree, start_
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # 30 s each: the rejection timeout
 @pytest.mark.parametrize(("kind", "wrong"), [("plain", "password"), ("asynchronous", "database")])
 def test_m08_rejected_login_of_env_py(
     database: Database,

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import RunBootstrap, StartWorker
 
 
-@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # 30 s each: the rejection timeout
 @pytest.mark.parametrize("change", ["password", "vhost"])
 def test_worker_rejected_by_the_broker_is_78(
     change: str, run_bootstrap: RunBootstrap, bifrost_env: dict[str, str]

@@ -63,7 +63,7 @@ def peak(store: ModuleStore, *arguments: str) -> float:
     return float(subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.slow  # half a minute of a processor
+@pytest.mark.slow  # 30 s of CPU
 def test_w05_memory_of_100000_modules(store: ModuleStore) -> None:
     """A first fill and a full warm of 100,000 modules use at most 64 MB more than those of 1,000."""
     fill(store, 1000)

@@ -20,7 +20,7 @@ NEW_AGE = """
 """
 
 
-@pytest.mark.slow  # half a minute; test_w14_both_ages.py is quicker
+@pytest.mark.slow  # 30 s; test_w14_both_ages.py is the fast test
 def test_w14_upgrade_and_rollback_by_init(
     database: Database, redis_url: str, bifrost_env: dict[str, str], run_bootstrap: RunBootstrap, tmp_path: Path
 ) -> None:

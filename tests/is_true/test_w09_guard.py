@@ -35,8 +35,8 @@ from tests.setups.module_store import ENTRY, INDEX, MakeStore, ModuleStore
 
 PLAIN_TREE = Path(__file__).parents[1] / "trees" / "plain" / "alembic.ini"
 MODULES = {f"m{n}.py": f"x = {n}" for n in range(10)}
-#: Seconds until a real worker must have mended the cache, at an interval of one second.
-PATIENCE = 60.0
+#: How long a real worker may take to repair the cache (seconds); it checks once per second.
+TIMEOUT = 60.0
 
 
 class Watch:
@@ -249,17 +249,17 @@ def test_w09_checks_do_not_overlap(watch: Watch) -> None:
     def send() -> None:
         sent.append("sent")
         sending.set()
-        go_on.wait(PATIENCE)
+        go_on.wait(TIMEOUT)
 
     guard = CacheMonitor(store.settings, tree_loading.load(store.settings), send)
     guard.start_check()
-    assert sending.wait(PATIENCE)
+    assert sending.wait(TIMEOUT)
     store.client.delete(MONITOR_LEASE_KEY)
     guard.start_check()
     looking = [thread for thread in threading.enumerate() if thread.name == "guard"]
     go_on.set()
     for thread in looking:
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
     assert len(looking) == 1
     assert sent == ["sent"]
 
@@ -310,7 +310,7 @@ def test_w09_worker_looks_at_the_guards_interval(monkeypatch: pytest.MonkeyPatch
     timer, step, now = Timer(), CacheMonitorStep(None), time.monotonic()
     step.start(SimpleNamespace(timer=timer))
     ((eta, _, entry),) = timer.queue
-    assert 300 <= eta - now < 300 + PATIENCE
+    assert 300 <= eta - now < 300 + TIMEOUT
     entry()
     assert looked == [300]
     step.stop(None)
@@ -361,13 +361,13 @@ def test_w09_standing_worker_repairs_a_flush(
         wait_until(
             lambda: bool(client.exists(heartbeat_key(guards.ANY_WORKER_BUSY))),
             "the worker to say that it works",
-            PATIENCE,
+            TIMEOUT,
         )
         client.flushdb()
     for _ in range(2):
-        wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)
-        wait_until(lambda: not client.exists(heartbeat_key(guards.ANY_WORKER_BUSY)), "the task to be let go", PATIENCE)
+        wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", TIMEOUT)
+        wait_until(lambda: not client.exists(heartbeat_key(guards.ANY_WORKER_BUSY)), "the task to be let go", TIMEOUT)
         store.assert_exact()
         client.flushdb()
-    wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", PATIENCE)
+    wait_until(lambda: client.scard(INDEX) == len(MODULES), "the cache to be complete", TIMEOUT)
     assert "guard: the module cache differs (10 added)" in worker.stderr.read_text()

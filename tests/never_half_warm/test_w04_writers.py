@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -192,9 +193,9 @@ def test_w04_writer_without_pause(store: ModuleStore, monkeypatch: pytest.Monkey
 
     with pytest.raises(UnsettledError, match=r"did not settle.*3 passes.*1 changed") as unsettled:
         store.warm(commit_only)
-    # The passes before it have switched: it must not say that the previous cache is untouched.
+    # Earlier passes have switched, so the error must not say that the cache is unchanged.
     assert store.content(PATH) == "version = 3"
-    assert "untouched" not in str(unsettled.value)
+    assert not re.search("untouched|unchanged|nothing was changed", str(unsettled.value))
 
 
 def test_w04_another_warm_in_the_way_is_named(store: ModuleStore, monkeypatch: pytest.MonkeyPatch) -> None:

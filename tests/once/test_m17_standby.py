@@ -45,7 +45,7 @@ def test_m17_never_promoted(pair: tuple[Database, StandbyServer], tree: Tree, st
     done = outcome(start_migrate(deadline=4, BIFROST_DATABASE_URL=standby.url(database.name)))
     assert done.code == 69
     assert "standby" in done.facts["message"]
-    assert "mend" not in done.facts["remedy"]
+    assert "revision" not in done.facts["remedy"]
 
 
 @pytest.mark.parametrize("form", ["libpq", "SQLAlchemy", pytest.param("keywords", marks=pytest.mark.slow)])

@@ -13,7 +13,7 @@ from tests.servers import RunFolder
 from tests.servers.process import MARK_VARIABLE, find_program
 
 #: Seconds for a page, and for what a script has yet to put into it.
-PATIENCE = 30
+TIMEOUT = 30
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def browser(run: RunFolder) -> Iterator[Chrome]:
     service = Service(driver, env=environment | {MARK_VARIABLE: run.mark(name)})
     chrome = Chrome(options, service)
     try:
-        chrome.set_page_load_timeout(PATIENCE)
+        chrome.set_page_load_timeout(TIMEOUT)
         yield chrome
     finally:
         chrome.quit()

@@ -140,7 +140,7 @@ def test_flower_in_a_browser(flower: Flower, run_folder: RunFolder, outside: Out
     warm = flower.wait_for_task(WARM)
     try:
         with browsers.browser(run_folder) as window:
-            wait = WebDriverWait(window, browsers.PATIENCE)
+            wait = WebDriverWait(window, browsers.TIMEOUT)
             window.get(f"{flower.url}/tasks")
             assert MIGRATE not in window.page_source
             user, _, password = LOGIN.partition(":")

@@ -108,7 +108,7 @@ def run_with_one_right_too_few(
 INIT = ("init", "--with-worker", "--timeout", "90s")
 
 
-@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # 30 s each: the rejection timeout
 @pytest.mark.parametrize(
     ("less", "command", "named"),
     [
@@ -135,7 +135,7 @@ def test_s02_without_events_only_flower_sees_less(rights: Rights, run_bootstrap:
     assert code == 0, said
 
 
-@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # 30 s each: the rejection timeout
 @pytest.mark.parametrize(
     ("less", "named"),
     [
@@ -154,7 +154,7 @@ def test_s02_missing_right_in_redis(rights: Rights, less: str, named: str, run_b
     assert code == 78, said
 
 
-@pytest.mark.slow  # half a minute each: the patience with a refusal
+@pytest.mark.slow  # 30 s each: the rejection timeout
 @pytest.mark.parametrize(
     ("less", "named"),
     [

@@ -19,8 +19,8 @@ from tests.servers import PLANTED_PASSWORD, Database, Postgres, RunFolder, proce
 from tests.servers.command import Commands
 from tests.servers.process import lives, wait_until
 
-#: Seconds within which a process of a test must do what it is told.
-PATIENCE = 20.0
+#: How long a process of a test may take to react (seconds).
+TIMEOUT = 20.0
 #: A program that starts a child of its own session, says so, and ends at once.
 LEAVES_A_CHILD = """
 import subprocess, sys
@@ -132,9 +132,9 @@ def test_waiting_for_a_line_ends_with_the_process(start_command: StartCommand) -
     """`wait_for` finds a line. If the process exits without it, it fails at once with the output."""
     program = "import sys; print('first', file=sys.stderr); print('worker@host ready.', file=sys.stderr)"
     command = start_command([sys.executable, "-c", program])
-    assert command.wait_for(r"(\S+) ready\.", PATIENCE)[1] == "worker@host"
+    assert command.wait_for(r"(\S+) ready\.", TIMEOUT)[1] == "worker@host"
     with pytest.raises(AssertionError, match=r"(?s)ended \(0\) without 'never'.*first"):
-        command.wait_for("never", PATIENCE)
+        command.wait_for("never", TIMEOUT)
 
 
 def test_a_command_that_leaves_a_child_is_a_failure(
@@ -144,8 +144,8 @@ def test_a_command_that_leaves_a_child_is_a_failure(
     monkeypatch.setattr(process, "SETTLE_DEADLINE", 0.2)
     commands = Commands(run_folder)
     command = commands.start([sys.executable, "-c", LEAVES_A_CHILD], env=clean_env, cwd=tmp_path)
-    child = psutil.Process(int(command.wait_for(r"\d+", PATIENCE, "stdout")[0]))
-    command.wait(PATIENCE)
+    child = psutil.Process(int(command.wait_for(r"\d+", TIMEOUT, "stdout")[0]))
+    command.wait(TIMEOUT)
     with pytest.raises(AssertionError, match=r"left running.*time\.sleep\(600\)"):
         commands.close()
     assert not lives(child)
@@ -158,9 +158,9 @@ def test_what_is_left_of_a_killed_command_is_no_failure(
     commands = Commands(run_folder)
     program = LEAVES_A_CHILD + "import time; time.sleep(600)"
     command = commands.start([sys.executable, "-c", program], env=clean_env, cwd=tmp_path)
-    child = psutil.Process(int(command.wait_for(r"\d+", PATIENCE, "stdout")[0]))
+    child = psutil.Process(int(command.wait_for(r"\d+", TIMEOUT, "stdout")[0]))
     command.send_signal(signal.SIGKILL)
-    wait_until(lambda: not command.running, "the end of a killed process", PATIENCE)
+    wait_until(lambda: not command.running, "the end of a killed process", TIMEOUT)
     assert lives(child)
     commands.close()
     assert not lives(child)
@@ -172,8 +172,8 @@ def test_a_command_ends_by_sigterm(start_command: StartCommand) -> None:
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print(1, flush=True); time.sleep(600)"
     )
     command = start_command([sys.executable, "-c", program])
-    command.wait_for("1", PATIENCE, "stdout")
-    assert command.terminate(PATIENCE).returncode == 143
+    command.wait_for("1", TIMEOUT, "stdout")
+    assert command.terminate(TIMEOUT).returncode == 143
 
 
 def test_run_bootstrap_runs_the_package(run_bootstrap: RunBootstrap, clean_env: dict[str, str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.servers import Proxy, RedisServer, RunFolder
 #: Seconds without an answer that a test takes for silence.
 SILENCE = 0.3
 #: Seconds for an answer that must come.
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def echo() -> Iterator[int]:
 
 
 def connect(proxy: Proxy) -> socket.socket:
-    """A client of the proxy, with a limit to its patience."""
-    return socket.create_connection((proxy.host, proxy.port), PATIENCE)
+    """A client of the proxy with a timeout."""
+    return socket.create_connection((proxy.host, proxy.port), TIMEOUT)
 
 
 def exchange(client: socket.socket, data: bytes) -> bytes:
@@ -98,7 +98,7 @@ def test_cut_is_silent_and_heal_loses_nothing(echo: int, start_proxy: StartProxy
         client.settimeout(SILENCE)
         with pytest.raises(TimeoutError):
             client.recv(100)
-        client.settimeout(PATIENCE)
+        client.settimeout(TIMEOUT)
         proxy.heal()
         assert client.recv(100) == b"during"
 
@@ -112,7 +112,7 @@ def test_cut_accepts_new_connections_and_says_nothing(echo: int, start_proxy: St
         client.settimeout(SILENCE)
         with pytest.raises(TimeoutError):
             client.recv(100)
-        client.settimeout(PATIENCE)
+        client.settimeout(TIMEOUT)
         proxy.heal()
         assert client.recv(100) == b"hello"
 
@@ -125,14 +125,14 @@ def test_no_end_passes_a_cut(start_proxy: StartProxy) -> None:
         client.sendall(b"x")
         server, _ = listener.accept()
         with server:
-            server.settimeout(PATIENCE)
+            server.settimeout(TIMEOUT)
             assert server.recv(1) == b"x"
             proxy.cut()
             client.close()
             server.settimeout(SILENCE)
             with pytest.raises(TimeoutError):
                 server.recv(1)
-            server.settimeout(PATIENCE)
+            server.settimeout(TIMEOUT)
             proxy.heal()
             assert server.recv(1) == b""
 

@@ -21,8 +21,8 @@ from tests.servers.leaks import LEAK_MARKS, PLANTED_PASSWORD_QUOTED, leaks_below
 from tests.servers.process import KEPT_RUNS, lives, wait_until
 
 ROOT = Path(__file__).parents[2]
-#: Seconds for a run of pytest, and for what it must do when it is told to end.
-PATIENCE = 60.0
+#: How long the inner run may take, and how long it may take to end after a signal (seconds).
+TIMEOUT = 60.0
 #: Words before a command that is to be as in the background of a script, where SIGINT is ignored.
 IN_BACKGROUND = ("sh", "-c", 'trap "" INT; exec "$0" "$@"')
 #: Every way of putting out the planted password, each in a test that passes, and a process left running.
@@ -134,7 +134,7 @@ class Pytest:
             capture_output=True,
             text=True,
             check=False,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
 
 
@@ -253,15 +253,15 @@ def test_nothing_outlives_an_interrupted_run(
     told = Path(inner.env["TOLD"])
     words = inner.command(LONG.replace("SERVER", server), *options)
     run = start_command([*IN_BACKGROUND, *words], env=inner.env, cwd=inner.folder)
-    wait_until(lambda: read(told).endswith("\n") or not run.running, "the inner run", PATIENCE)
+    wait_until(lambda: read(told).endswith("\n") or not run.running, "the inner run", TIMEOUT)
     assert run.running, read(run.stdout)
     started = [psutil.Process(int(word)) for word in read(told).split()]
     assert len(started) == 2
     assert all(map(lives, started))
 
     run.send_signal(number)
-    code = run.wait(PATIENCE).returncode
-    wait_until(lambda: not any(map(lives, started)), "the end of all", PATIENCE)
+    code = run.wait(TIMEOUT).returncode
+    wait_until(lambda: not any(map(lives, started)), "the end of all", TIMEOUT)
     if number is signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:

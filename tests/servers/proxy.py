@@ -18,7 +18,7 @@ from tests.servers.process import free_port, give_back
 #: Bytes forwarded at a time.
 CHUNK_BYTES = 1 << 16
 #: Timeout of the connection to the server, and of the end of a thread (seconds).
-PATIENCE = 10.0
+TIMEOUT = 10.0
 #: Linux socket option that Python does not define: attach a packet filter (struct sock_fprog) to a socket. The filter
 #: below keeps 0 bytes of every packet that arrives.
 SO_ATTACH_FILTER = 26
@@ -118,7 +118,7 @@ class Proxy:
             link.break_off()
         for thread in (acceptor, *(link.thread for link in links)):
             if thread is not None:
-                thread.join(PATIENCE)
+                thread.join(TIMEOUT)
 
     def heal(self) -> None:
         """Forward again. Connections continue without loss after `cut`, as TCP does after a short outage."""
@@ -135,7 +135,7 @@ class Proxy:
 
     def connect(self) -> socket.socket:
         """Open a connection to the server. Raises OSError."""
-        server = socket.create_connection(self._target, PATIENCE)
+        server = socket.create_connection(self._target, TIMEOUT)
         server.settimeout(None)
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return server

@@ -200,7 +200,8 @@ def make_store(postgres: Postgres, migrated: Database) -> Iterator[MakeStore]:
     def make(redis_url: str, database: Database | None = None, **settings: object) -> ModuleStore:
         ours = database is None
         database = database or postgres.create_database(template=migrated.name)
-        values = {"database_url": database.url, "redis_url": redis_url, "alembic_config": "builtin"} | settings
+        values = {"database_url": database.url, "redis_url": redis_url, "alembic_config": "builtin"}
+        values |= {name: str(value) for name, value in settings.items()}  # strings, as in the environment
         client = redis.Redis.from_url(redis_url, socket_timeout=20)
         made.append((ModuleStore(database, client, Settings.model_validate(values)), ours))
         return made[-1][0]
