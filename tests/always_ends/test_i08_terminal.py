@@ -39,7 +39,7 @@ class Terminal:
         self._reader.start()
 
     def _read(self, master: int) -> None:
-        # EIO: nobody has the other side any more.
+        # EIO: the process has closed the terminal.
         with os.fdopen(master, "rb", buffering=0) as terminal, suppress(OSError):
             while data := terminal.read(4096):
                 self.shown += data.decode(errors="replace")

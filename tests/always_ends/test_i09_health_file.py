@@ -14,9 +14,9 @@ import pytest
 from tests.servers.process import wait_until
 from tests.setups.stack import COMPLETE, REVISIONS, Deployment
 
-#: Seconds in which a sign of life comes again: two seconds apart, on a loaded machine.
+#: How long the next update of the health file may take (seconds). It is due every 2 s; a loaded machine is slower.
 SIGN_TIMEOUT = 30
-#: Seconds without a sign of life after which nobody gives one: that many of them would have been due.
+#: After how long an unchanged health file shows that the worker hangs (seconds): several updates are due in that time.
 SILENCE = 10
 
 

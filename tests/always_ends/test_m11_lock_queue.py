@@ -27,7 +27,7 @@ from tests.setups.migration import (
 )
 
 ALTER = 'op.execute("ALTER TABLE applied ADD COLUMN more text")'
-#: Short, and long enough for a look at who is in the way: those come every second.
+#: A short lock timeout, but longer than the interval of 1 s at which the step looks for the blocking session.
 LOCK_TIMEOUT = {"BIFROST_MIGRATION_LOCK_TIMEOUT": "2500ms"}
 
 
@@ -138,7 +138,7 @@ def test_m11_deadline_does_not_cancel_a_working_revision(
         step = start_migrate(deadline=0.5, BIFROST_MIGRATION_LOCK_TIMEOUT="5s")
         for number in stops:
             runner = stop[number].reached()
-            # Longer than the pause between two looks at who is in the way.
+            # Longer than the interval at which the step looks for the blocking session.
             wait_until(partial(waits_longer_than, database, runner, 2.0), "a wait for a lock")
             stop[number].release()
         done = outcome(step)

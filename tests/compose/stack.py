@@ -22,7 +22,7 @@ RUN = f"bifrost-test-{secrets.token_hex(4)}"
 CHECKOUT = Path(__file__).resolve().parents[2]
 #: Seconds for one command of the engine: on a loaded machine a build, or a first start of all services.
 COMMAND_TIMEOUT = 600.0
-#: Also where the checkout is somebody else's.
+#: Works also if the checkout belongs to another user.
 GIT = ("git", "-c", "safe.directory=*")
 #: What Docker says of a container that was created and never started.
 NEVER = "0001-01-01T00:00:00Z"

@@ -63,7 +63,7 @@ def test_development_is_a_project_of_its_own() -> None:
     """The two files are different projects: neither deletes the volumes or builds the image of the other."""
     dev, stack = (yaml.safe_load(file.read_text()) for file in (CHECKOUT / "docker-compose.dev.yml", COMPOSE))
     assert dev["name"] == "bifrost-bootstrap-dev"
-    assert "name" not in stack  # that of its folder, for whoever has a stack already
+    assert "name" not in stack  # the project name stays that of the folder, so that existing stacks keep theirs
     images = {dev["services"][name]["image"] for name in ("bootstrap-worker", "init", "flower")}
     assert images == {"${BIFROST_DEV_IMAGE:-bifrost-bootstrap:dev}"}
 

@@ -19,7 +19,7 @@ from bifrost_bootstrap.errors import ExitCode
 from bifrost_bootstrap.settings import Settings
 from tests.docs.documents import CHECKOUT, DOCUMENTS, Block, Document
 
-#: Where variables are at home that are not settings of ours: of Compose, of the platform, of the tests.
+#: Files that define other variables than settings: those of Compose, of the platform, of the tests.
 OTHER_HOMES = (".env.example", "docker-compose.yml", "deploy/compose/services.yml", "Dockerfile", "tests/conftest.py")
 #: Folders and files of the checkout that documents speak of without a link.
 PLACES = r"(?:bifrost_bootstrap|benchmarks|deploy|docs|requirements|tests|tools)/[\w./-]*"

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 #: Seconds until servers whose caller was killed are gone; the reaper gives them 30.
 GONE_DEADLINE = 60.0
 
-#: A command that has servers: it reports and waits. SIGTERM is an exception, as in ours.
+#: A command with servers: it prints its state and waits. SIGTERM raises an exception, as in the package.
 COMMAND = """
 import os, signal, sys
 import psycopg
@@ -254,7 +254,7 @@ def test_nothing_is_left_without_the_reaper(folder: Path, monkeypatch: pytest.Mo
 def test_as_an_ordinary_user(folder: Path) -> None:
     """They start and stop for a user without any right."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        # Not where they are: nobody else may be allowed into this checkout.
+        # A copy, because other users may not be able to enter this checkout.
         wheels = linked_wheels(Path(name))
         wheels.chmod(0o755)
         with command(folder, "ordinary", path=wheels) as process:

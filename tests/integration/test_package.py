@@ -86,7 +86,7 @@ def test_it_works_on_its_own(wheels: dict[str, Path], kind: str, run_command: Ru
     done = run_command(words, env=env, cwd=empty, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["schema_state"]["database_heads"] == ["0002"]
-    # As Flower and a call by hand load it: settings of Celery, and nobody is asked.
+    # As Flower and `celery call` load it: Celery's settings only.
     urls = {"REDIS_URL": "redis://127.0.0.1:1/0", "RABBITMQ_URL": "amqp://127.0.0.1:1//"}
     done = run_command([sys.executable, "-m", "celery", "-A", "bifrost_bootstrap", "report"], env=env | urls, cwd=empty)
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ def test_w05_switch_time_in_redis(make_store: MakeStore, run_folder: RunFolder, 
 
     # A tail, a check, a rename, a TTL and the index for each: five commands an entry.
     commands = "for i = 1, 50000 do redis.call('GETRANGE', KEYS[1], -66, -1) end"
-    # In turn, and the least of each: the run that nobody disturbed.
+    # Alternate, and use the shortest run of each: that with the least disturbance.
     runs = [
         (
             longest(lambda: client.eval(commands, 1, "bifrost:bootstrap:marker")),

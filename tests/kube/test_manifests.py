@@ -35,7 +35,7 @@ from tests.kube.manifests import (
     read,
 )
 
-#: Kubernetes versions of the schemas: the oldest that knows all we use, the newest there are, and some between.
+#: Kubernetes versions of the schemas: the oldest with all fields that we use, the newest, and some between.
 #: (From 1.25 on there is podFailurePolicy, but up to 1.28 its schema wants onPodConditions in every rule.)
 KUBERNETES = ("1.29", "1.32", "1.35", "1.37")
 OURS, PLATFORM = "bifrost-bootstrap", "ghcr.io/gobifrost/bifrost-api"

@@ -48,7 +48,7 @@ def test_tail_of_an_entry_of_the_platform(written: object) -> None:
         ("g" + HASH[1:], None),
         (HASH[:-1] + " ", None),
         (HASH[:30] + "-" + HASH[31:], None),
-        ("٣" * 64, None),  # digits, but not of ours
+        ("٣" * 64, None),  # digits, but not ASCII
         ("K" + HASH[1:], None),  # the Kelvin sign: its small letter is a "k"
     ],
 )

@@ -19,7 +19,7 @@ from bifrost_bootstrap.migrate.tree import Alembic, Revision, Tree
 from bifrost_bootstrap.migrate.tree_loading import BUILTIN
 from bifrost_bootstrap.settings import load as load_settings
 
-#: No such program: who needs the tree's Alembic fails, so what loads with it was read from the source.
+#: A program that does not exist. A tree that loads with it was read from its source, without Alembic.
 NO_PYTHON = "/nonexistent/python"
 
 MakeTree = Callable[..., Path]
