@@ -1,4 +1,4 @@
-"""What `check` shows beside readiness: nothing here decides whether the deployment may start."""
+"""What `check` shows beside readiness. Nothing here decides whether the deployment may start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Diagnostics(Facts):
     """
     redis: its eviction policy and memory, in words. invalid_indexes: each with the statement that repairs it.
 
-    worker: whether one consumes the queue of this tree, "" where no broker is named.
+    worker: how many workers consume the queue of this tree, in words.
     """
 
     redis: str = ""
@@ -49,14 +49,14 @@ def _invalid_indexes(settings: Settings) -> dict[str, str]:
         with postgres.connect(settings.database, "check", answer_timeout=postgres.ANSWER_TIMEOUT) as connection:
             return postgres.invalid_indexes(connection)
     except BootstrapError:
-        # Readiness has been read from the same server, and says why it cannot be.
+        # Readiness comes from the same server and reports the reason.
         return {}
 
 
 def _worker(settings: Settings, tree: Tree) -> str:
     if not settings.rabbitmq_url:
         return environment.fault_of("rabbitmq")
-    # Only here: importing Celery takes longer than all the rest.
+    # Imported late: importing Celery takes longer than the rest of a check.
     from bifrost_bootstrap import broker
 
     queue = tree.queue(settings.database.target)
@@ -66,6 +66,6 @@ def _worker(settings: Settings, tree: Tree) -> str:
         return str(error)
     if consumers is None:
         return "unknown (this broker does not report consumers)"
-    # No worker is right after an `init --with-worker`; say so to a reader who expects a standing one.
+    # After `init --with-worker`, no worker is right. Tell so to a reader who expects a standing one.
     advice = "" if consumers else "; `init --with-worker` needs none, but nobody guards the cache"
     return f"{consumers or 'no'} bootstrap worker{'s' if consumers > 1 else ''} on {queue}{advice}"

@@ -34,9 +34,9 @@ MARKER = OWN + b"marker"
 #: The path whose entry would be the index itself.
 COLLIDING_PATH = b"index"
 #: What follows the hash in an entry.
-TAIL_END = b'"}'
-#: Bytes at the end of an entry that tell its content: 64 hex digits and `TAIL_END`. They are its fingerprint.
-TAIL = 66
+ENTRY_END = b'"}'
+#: Bytes at the end of an entry that tell its content: 64 hex digits and `ENTRY_END`. They are its fingerprint.
+FINGERPRINT_BYTES = 66
 #: Paths, or steps of a plan, in one command; bounds how long Redis is blocked (3 ms measured for 1,000 that are read).
 SLICE = 1000
 #: Commands sent ahead while reading: Redis works on the next slice while we read the reply to the last.
@@ -49,7 +49,7 @@ def _script(name: str, *parts: str) -> str:
     return "".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, name))
 
 
-STATES, PROOF, SWITCH = (_script(name, "tail_of") for name in ("states", "proof", "switch"))
+STATES, PROOF, SWITCH = (_script(name, "fingerprint_of") for name in ("states", "proof", "switch"))
 RENEW = _script("renew")
 
 
@@ -58,9 +58,9 @@ def entry(path: str, content: str, content_hash: str) -> bytes:
     return orjson.dumps({"content": content, "path": path, "hash": content_hash})
 
 
-def tail(content_hash: bytes) -> bytes:
+def fingerprint(content_hash: bytes) -> bytes:
     """The fingerprint of the entry of a module with this hash."""
-    return content_hash + TAIL_END
+    return content_hash + ENTRY_END
 
 
 def stage_prefix(warm_id: str) -> bytes:

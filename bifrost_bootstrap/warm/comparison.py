@@ -6,7 +6,7 @@ from typing import Any
 
 from bifrost_bootstrap.deadline import Deadline
 from bifrost_bootstrap.settings import Settings
-from bifrost_bootstrap.warm.cache import COLLIDING_PATH, TAIL_END, CacheStates, ModuleCache, tail
+from bifrost_bootstrap.warm.cache import COLLIDING_PATH, ENTRY_END, CacheStates, ModuleCache, fingerprint
 from bifrost_bootstrap.warm.diff import CacheDiff, Entries
 from bifrost_bootstrap.warm.rows import OpenWriters, RowReader, Snapshot, row_reader
 
@@ -59,7 +59,7 @@ def _compare_rows(diff: CacheDiff, states: CacheStates, rows: Snapshot, *, full:
             found
             and stored_hash
             and len(stored_hash) == _HASH_DIGITS
-            and found == stored_hash + TAIL_END
+            and found == stored_hash + ENTRY_END
             and not (stored_hash.translate(None, _DIGITS) or full or path in wrong_ttl)
         ):
             unchanged += 1
@@ -78,7 +78,7 @@ def _compare_rows(diff: CacheDiff, states: CacheStates, rows: Snapshot, *, full:
         else:
             _sort(diff, states, path, found, same=same)
     for path, computed in rows.computed_hashes(doubtful):
-        _sort(diff, states, path, doubtful[path], same=doubtful[path] == tail(computed))
+        _sort(diff, states, path, doubtful[path], same=doubtful[path] == fingerprint(computed))
     diff.modules = unchanged + others
     diff.private = rows.source.count_private(fingerprints)
     if diff.modules - unindexed + diff.private < diff.indexed:
@@ -88,7 +88,7 @@ def _compare_rows(diff: CacheDiff, states: CacheStates, rows: Snapshot, *, full:
 def _matches(found: bytes, stored_hash: bytes | None, *, trusts_hash: bool) -> bool | None:
     """Whether the fingerprint of an entry is that of its row; None if only the content of the row can tell."""
     expected = parse_sha256(stored_hash)
-    if expected is not None and found == tail(expected):
+    if expected is not None and found == fingerprint(expected):
         return True
     return False if expected is not None and trusts_hash else None
 

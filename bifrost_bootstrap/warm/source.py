@@ -1,4 +1,4 @@
-"""Where the platform keeps its modules: one description for each table that it has had, and the choice between them."""
+"""The tables in which the platform has kept its modules, and the choice between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ModuleSource:
 
     table: its name; "" is no table (`BIFROST_MODULE_SOURCE=none`). modules, requirements: the conditions for a row
     that is a module, and for the row that is `requirements.txt`. default_ttl: seconds that an entry lives unless
-    BIFROST_MODULE_CACHE_TTL is set; 0 is for ever. trusts_hash: entries have the row's `content_hash` even where it
+    BIFROST_MODULE_CACHE_TTL is set; 0 is for ever. trusts_hash: entries have the row's `content_hash` even if it
     is not the hash of the row's content. has_private_paths: see `is_private`.
     """
 
@@ -34,11 +34,11 @@ class ModuleSource:
     has_private_paths: bool = False
 
     def is_private(self, path: bytes) -> bool:
-        """Whether the path lies below a top folder whose name begins with `_`: the platform's own, left alone."""
+        """Whether the path is in a top-level folder whose name begins with `_`. The platform manages those itself."""
         return self.has_private_paths and path.startswith(b"_") and b"/" in path
 
     def count_private(self, paths: Iterable[bytes]) -> int:
-        """How many of the paths are the platform's own."""
+        """How many of the paths the platform manages itself."""
         return sum(map(self.is_private, paths)) if self.has_private_paths else 0
 
     def ttl(self, settings: Settings) -> float:
@@ -75,9 +75,9 @@ _BY_NAME = {"workspace_files": WORKSPACE_FILES, "file_index": FILE_INDEX, "none"
 
 def find_source(connection: Connection, settings: Settings) -> ModuleSource:
     """
-    The source that BIFROST_MODULE_SOURCE names; with `auto` the first of the two tables that is there.
+    The source that BIFROST_MODULE_SOURCE names; with `auto`, the first of the two tables that exists.
 
-    Raises WarmError where neither is there, with the heads that the database records.
+    Raises WarmError if neither exists, with the heads that the database records.
     """
     if settings.module_source != "auto":
         return _BY_NAME[settings.module_source]

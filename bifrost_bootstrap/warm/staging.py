@@ -58,7 +58,7 @@ def stage(
         for batch in _batches(rows.contents(paths, all_rows=len(paths) > diff.modules / 2)):
             entries = dict(_entry(*row, trusts_hash=trusts_hash) for row in batch)
             connection.send(_write(warm_id, entries, paths, in_place))
-            fingerprints |= {path: value[-module_cache.TAIL :] for path, value in entries.items()}
+            fingerprints |= {path: value[-module_cache.FINGERPRINT_BYTES :] for path, value in entries.items()}
             size += sum(map(len, entries.values()))
             report(len(fingerprints))
             if renewal.passed:
@@ -84,7 +84,7 @@ def _write(warm_id: str, entries: Entries, found: Entries, in_place: set[bytes])
     for path, value in entries.items():
         if path in in_place:
             commands.append(("SET", module_cache.ENTRY + path, value, "EX", FILL_TTL, "NX"))
-            steps.append(("keep", path, value[-module_cache.TAIL :]))
+            steps.append(("keep", path, value[-module_cache.FINGERPRINT_BYTES :]))
         else:
             commands.append(("SET", prefix + path, value, "EX", STAGE_TTL))
             steps.append(("set", path, found[path]))

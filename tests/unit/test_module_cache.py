@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from bifrost_bootstrap.errors import BootstrapError, RefusedError, WarmError
 from bifrost_bootstrap.servers import redis_server
-from bifrost_bootstrap.warm.cache import TAIL, Marker, entry, rights_named, tail
+from bifrost_bootstrap.warm.cache import FINGERPRINT_BYTES, Marker, entry, fingerprint, rights_named
 from bifrost_bootstrap.warm.comparison import parse_sha256
 from bifrost_bootstrap.warm.diff import CacheDiff
 from bifrost_bootstrap.warm.staging import BATCH_SIZE, ENTRY_BYTES, _batches
@@ -26,14 +26,16 @@ def test_entry_has_three_fields_and_its_tail_tells_the_hash(path: str, content: 
     """Whatever path and content hold: content, path, hash, in this order, and the last bytes are those of the hash."""
     value = entry(path, content, HASH)
     assert list(json.loads(value).items()) == [("content", content), ("path", path), ("hash", HASH)]
-    assert value[-TAIL:] == tail(HASH.encode())
+    assert value[-FINGERPRINT_BYTES:] == fingerprint(HASH.encode())
 
 
 @pytest.mark.parametrize("written", [json.dumps, lambda fields: json.dumps(fields, separators=(",", ":"))])
 def test_tail_of_an_entry_of_the_platform(written: object) -> None:
     """Python's own JSON ends in the same way, with and without spaces: whoever wrote an entry can be told apart."""
     assert callable(written)
-    assert written({"content": "x", "path": "a.py", "hash": HASH}).encode()[-TAIL:] == tail(HASH.encode())
+    assert written({"content": "x", "path": "a.py", "hash": HASH}).encode()[-FINGERPRINT_BYTES:] == fingerprint(
+        HASH.encode()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 -- KEYS: entry prefix, index, marker, stage prefix, plan. ARGV: marker, milliseconds to live (0: none), entries planned,
 -- marker that was read before the entries.
--- The plan is a list of triples: operation, path, and the tail that the path's entry must have.
--- Returns {0, what is missing} when something staged is gone and nothing was written, else {1, paths left alone, 1 where
--- nobody else has switched since the entries were read}.
+-- The plan is a list of triples: operation, path, and the fingerprint that the path's entry must have.
+-- Returns {0, what is missing} if something staged is gone and nothing was written. Otherwise returns {1, paths left
+-- alone, 1 if no other warm has switched since the entries were read}.
 --
--- A marker that says "settled" speaks for the cache as it was read. Where another warm has switched since, only that
--- one's own "settled" does, and stays; without it nothing is done.
+-- A marker with "settled" confirms the cache as it was read. If another warm has switched since, the script writes
+-- nothing: only the marker of that other warm can confirm the cache.
 --
--- A script has no rollback. So everything is checked before the first write, which is a SET: Redis refuses that one when
--- it is out of memory, cannot persist, or is a replica, and refuses nothing after it, but for a command that this user
--- may not: so each is tried beforehand on a key that no path can have (PostgreSQL knows no NUL).
+-- A script has no rollback, so it checks everything before its first write. The first write is a SET: if Redis is out of
+-- memory, cannot persist, or is a replica, it refuses this one, and nothing after it. A user may lack the right to a later
+-- command, so each command is tried first, on a key that no path can have (PostgreSQL allows no NUL).
 local prefix, index, marker, stage, plan = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local ttl, planned = tonumber(ARGV[2]), tonumber(ARGV[3])
 local kind = call('TYPE', index)['ok']
@@ -33,13 +33,13 @@ for start = 0, 3 * planned - 1, 3000 do
       part[i] = stage .. path
       staged[#staged + 1] = part[i]
     end
-    if tail_of(key) ~= part[i + 2] then
+    if fingerprint_of(key) ~= part[i + 2] then
       alone[#alone + 1] = path
       part[i] = false
     end
     part[i + 2] = key
   end
-  -- One call for all of them; one by one it is a fifth of the time of a switch.
+  -- One call for all of them: one call each would take a fifth of the time of a switch.
   if #staged > 0 and call('EXISTS', unpack(staged)) ~= #staged then
     for _, key in ipairs(staged) do
       if call('EXISTS', key) == 0 then return {0, {key}} end
@@ -58,9 +58,9 @@ if planned > 0 then
   call('SADD', probe, '')
   call('SREM', probe, '')
 end
--- A marker does not confirm entries that were left alone.
+-- A marker does not confirm a cache in which entries were left alone.
 local written = #alone == 0 and ARGV[1] or ARGV[1]:gsub('"settled": true', '"settled": false')
--- A reader of the platform that rebuilds the index gives it a time to live.
+-- When a reader of the platform rebuilds the index, it gives the index a TTL.
 if call('PTTL', index) >= 0 then call('PERSIST', index) end
 call('SET', marker, written)
 for _, part in ipairs(parts) do
@@ -68,7 +68,7 @@ for _, part in ipairs(parts) do
   for i = 1, #part, 3 do
     local from, path, key = part[i], part[i + 1], part[i + 2]
     if from == 'remove' then
-      -- What somebody has indexed as `index` has no entry, and its key is the index.
+      -- The path `index` would map to the index key itself, so it never has an entry.
       if key ~= index then call('DEL', key) end
       call('SREM', index, path)
     elseif from then
