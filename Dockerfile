@@ -24,7 +24,7 @@ RUN builder/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheel ./sou
  && builder/bin/pip --python /opt/bifrost-bootstrap/bin/python install --no-deps --no-index wheel/*.whl \
  && /opt/bifrost-bootstrap/bin/python -m compileall -q /opt/bifrost-bootstrap/lib
 
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS runtime
 USER root
 # Official Python images have no bytecode for the standard library. A read-only container cannot write it, so each start
 # would compile it again.
@@ -54,3 +54,16 @@ LABEL org.opencontainers.image.title="bifrost-bootstrap" \
       org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+
+# The image for `rehearse` (`docker build --target rehearse`): it has the embedded PostgreSQL and its pg_dump too.
+FROM build AS build-rehearse
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirements,target=requirements \
+    builder/bin/pip --python /opt/bifrost-bootstrap/bin/python install \
+      --require-hashes --only-binary :all: -r requirements/rehearse.lock
+
+FROM runtime AS rehearse
+COPY --from=build-rehearse /opt/bifrost-bootstrap /opt/bifrost-bootstrap
+CMD ["bifrost-bootstrap", "rehearse"]
+
+# Without a target, `docker build` makes the last stage.
+FROM runtime

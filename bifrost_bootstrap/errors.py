@@ -11,6 +11,7 @@ Every error of this program, with its exit code.
     ├── TreeError                 78  the tree failed before its first revision: a setting of its own, an import
     ├── VersionTableError         78  the tree records its version in another table than we read
     ├── PoolTooSmallError         78  a pooler has one connection, a migration needs two
+    ├── RehearsalError            78  no copy of the schema can be made for a rehearsal
     ├── UnavailableError          69  a server did not answer in time
     │   └── OwnProcessError       69  a child process ended, or did not start
     ├── NoWorkerError             69  no bootstrap worker consumes the queue of this tree
@@ -164,6 +165,13 @@ class PoolTooSmallError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("ser
 
     text = "{server} gave no second connection within {seconds:.0f}s: its pooler has a pool of one connection"
     advice = "raise the pool size to 2 or more, or set BIFROST_MIGRATION_DATABASE_URL to the server itself"
+
+
+class RehearsalError(BootstrapError, code=ExitCode.CONFIGURATION, facts=("why", "todo")):
+    """No copy of the schema can be made for a rehearsal. todo: what the operator does."""
+
+    text = "no rehearsal: {why}"
+    advice = "{todo}"
 
 
 class UnavailableError(BootstrapError, code=ExitCode.UNAVAILABLE, facts=("server", "reason")):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from bifrost_bootstrap.errors import SettingsError
 from bifrost_bootstrap.redaction import remember_environment
@@ -107,6 +107,11 @@ class Settings(BaseModel):
     allow_ahead: bool = False
     #: How long a statement of a transactional revision waits for a lock before the revision is retried.
     migration_lock_timeout: Duration = 5.0
+
+    #: An empty database for `rehearse`, on a server as new as the live one. Default: an embedded server.
+    rehearsal_database_url: DatabaseUrl | None = Field(default=None, repr=False)
+    #: `rehearse` warns of locks that last on tables of this size (bytes; `100MB`, `2GiB`) and above.
+    rehearsal_large: ByteSize = ByteSize(100_000_000)
 
     #: Table of the modules: `workspace_files`, `file_index`, or `none`. `auto` takes the first that exists.
     module_source: Literal["auto", "workspace_files", "file_index", "none"] = "auto"

@@ -81,6 +81,7 @@ def _command(
     return add
 
 
+_SCHEMA_HELP = "Take the schema from this file (pg_dump, plain format), not from the live database."
 _timeout_option = click.option(
     "--timeout",
     type=duration,
@@ -168,6 +169,33 @@ def plan(with_sql: bool) -> Outcome:
     from bifrost_bootstrap.status import plan as plans
 
     return summary.of_plan(plans.plan(settings, tree_loading.load(settings), with_sql=with_sql))
+
+
+@_command(1, 3, 69, 75, ok="the pending revisions apply to the schema")
+@click.option("--schema", type=click.Path(path_type=Path), help=_SCHEMA_HELP)
+@click.option("--strict", is_flag=True, help="End with 3 if there is a warning.")
+@click.option("--no-data-checks", is_flag=True, help="Do not read whether the live rows meet new constraints.")
+@click.option("--markdown", is_flag=True, help="Print Markdown, for the comment of a pull request.")
+def rehearse(schema: Path | None, strict: bool, no_data_checks: bool, markdown: bool) -> Outcome:
+    """Run the pending revisions on a copy of the live schema, and say what they lock, rewrite and scan.
+
+    Nothing is written to the live database, and tables are locked in ACCESS SHARE mode only. The copy is in a private
+    embedded server, or in the empty database that BIFROST_REHEARSAL_DATABASE_URL names.
+
+    Examples:
+      # before a deploy: what will the pending revisions lock?
+      bifrost-bootstrap rehearse
+      # in a pipeline, without the live database
+      bifrost-bootstrap rehearse --schema schema.sql --strict --markdown
+    """
+    settings = _load("tree") if schema else _load("database", "tree")
+    from bifrost_bootstrap.cli import rehearsal
+    from bifrost_bootstrap.migrate import tree_loading
+    from bifrost_bootstrap.rehearse import step
+
+    tree = tree_loading.load(settings)
+    found = step.rehearse(settings, tree, schema=schema, data_checks=not no_data_checks)
+    return rehearsal.of_rehearsal(found, strict=strict, markdown=markdown)
 
 
 @_command(1, 69, ok="stopped by a signal", has_json=False)

@@ -13,7 +13,7 @@ from bifrost_bootstrap.redaction import masked
 #: Version of the JSON object of `--json`. Fields may be added under one number, but none may change.
 SCHEMA = 1
 #: The verdict of commands whose success does not mean that the deployment is ready.
-_DONE = {"plan": "planned", "load": "loaded", "worker": "stopped"}
+_DONE = {"plan": "planned", "rehearse": "rehearsed", "load": "loaded", "worker": "stopped"}
 #: Bytes that Kubernetes keeps of a termination message.
 TERMINATION_BYTES = 4096
 #: How to write characters that the output's encoding lacks: a file name may be any bytes.
@@ -53,7 +53,7 @@ def json_object(command: str, code: ExitCode, facts: dict[str, Any]) -> str:
 
 
 def verdict(command: str, code: ExitCode) -> str:
-    """The exit code in a word; for success "ready", "planned", "loaded" or "stopped"."""
+    """The exit code in a word; for success "ready", "planned", "rehearsed", "loaded" or "stopped"."""
     return _DONE.get(command, "ready") if code is ExitCode.OK else code.name.lower()
 
 

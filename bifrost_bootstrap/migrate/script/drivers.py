@@ -69,6 +69,8 @@ def ask(connection: Connection, query: str) -> Any:
     """First row of the query, or None."""
 
     async def fetch_in_transaction(driver: Any) -> Any:
+        if driver.is_in_transaction():
+            return await driver.fetchrow(query)
         async with driver.transaction():
             return await driver.fetchrow(query)
 

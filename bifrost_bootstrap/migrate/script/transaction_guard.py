@@ -82,10 +82,14 @@ class TransactionGuard:
             # It may commit, which SQLAlchemy's event does not see.
             self._lock.assert_migration_lock_held(connection)
 
-    def on_next_revision(self, connection: Connection) -> None:
-        """If the last revision ended its transaction by hand, record that revision and begin another transaction."""
+    def on_next_revision(self, connection: Connection, *, apart: bool = False) -> None:
+        """
+        If the last revision ended its transaction by hand, record that revision and begin another transaction.
+
+        apart: do so in any case, so that each revision has a transaction of its own.
+        """
         state = state_of(connection)
-        if state.ended_by_hand:
+        if state.ended_by_hand or (apart and not is_autocommit(connection)):
             state.ended_by_hand = False
             self._commit_open(connection)
             self._begin_anew(connection)

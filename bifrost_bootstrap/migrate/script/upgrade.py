@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from alembic.config import Config
@@ -14,6 +15,7 @@ from sqlalchemy.engine import Connection
 
 from .events import Events, Refused
 from .lock_guard import LockGuard
+from .observation import Observation
 from .tree_answers import describe_revision, find_schema
 
 
@@ -22,6 +24,7 @@ class Upgrade:
     One upgrade of the tree.
 
     request: what `LockGuard` needs, and `version_table`: where the parent reads the version ("": wherever it is).
+    `observe`: also report each statement, for a rehearsal.
     """
 
     def __init__(self, request: dict[str, Any], script: ScriptDirectory, events: Events) -> None:
@@ -29,11 +32,15 @@ class Upgrade:
         self._events = events
         self._version_table: str = request["version_table"]
         self._guard = LockGuard(request, events)
+        observed = request.get("observe", False)
+        self._observation = Observation(self._guard.lock, request["tag"], events) if observed else None
         self._began = 0.0
         self._failure: BaseException | None = None
 
     def run(self, config: Config) -> None:
         self._guard.listen()
+        if self._observation:
+            self._observation.listen()
         with EnvironmentContext(config, self._script, fn=self.plan, destination_rev="heads"):
             self._script.run_env()
         if self._failure:
@@ -50,6 +57,8 @@ class Upgrade:
             self.check_version_table(context, connection)
         steps = list(self._script._upgrade_revs("heads", heads))
         self._events.send("plan", revisions=[describe_revision(step.revision) for step in steps])
+        if self._observation:
+            self._observation.send_original(connection, one_transaction=not context._transaction_per_migration)
         context.on_version_apply_callbacks += (self.on_applied,)
         for step in steps:
             step.migration_fn = self.observed(step, step.migration_fn, connection)
@@ -71,9 +80,11 @@ class Upgrade:
         def migrate_observed(**arguments: Any) -> None:
             self._events.send("begin", **describe_revision(step.revision))
             self._began = time.monotonic()
-            self._guard.transactions.on_next_revision(connection)
+            self._guard.transactions.on_next_revision(connection, apart=self._observation is not None)
+            reporting = self._observation.running_revision() if self._observation else nullcontext()
             try:
-                migrate(**arguments)
+                with reporting:
+                    migrate(**arguments)
             except Exception as error:
                 self._failure = error
                 raise

@@ -1,0 +1,76 @@
+"""The outcome of `rehearse`: for a person, for a program, and as Markdown for the comment of a pull request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bifrost_bootstrap.cli.report import Outcome, Rows
+from bifrost_bootstrap.cli.summary import size
+from bifrost_bootstrap.errors import ExitCode
+
+if TYPE_CHECKING:
+    from bifrost_bootstrap.rehearse.forecast import TableForecast
+    from bifrost_bootstrap.rehearse.live import DataCheck
+    from bifrost_bootstrap.rehearse.step import Rehearsal
+
+_HEAD = "| revision | table | lock | blocks | meanwhile | rows | size |\n|---|---|---|---|---|---|---|"
+
+
+def of_rehearsal(found: Rehearsal, *, strict: bool, markdown: bool) -> Outcome:
+    """The outcome of a rehearsal that reached the heads. strict: a warning is no success."""
+    code = ExitCode.OK
+    remedy = ""
+    if found.violations:
+        code = ExitCode.MIGRATION
+        remedy = "correct these rows, or the revision, before the deploy"
+    elif strict and found.warnings:
+        code = ExitCode.NOT_READY
+        remedy = "change the revisions as the warnings say"
+    facts = {**found.to_dict(), "message": found.headline, "remedy": remedy}
+    if markdown:
+        return Outcome(code, found.headline, [], facts, text=_markdown(found), remedy=remedy)
+    rows = [("warning", warning) for warning in found.warnings]
+    rows += [(revision.revision, _table_text(table)) for revision, table in found.tables]
+    rows += _check_rows(found.checks) + [("note", note) for note in found.notes]
+    return Outcome(code, found.headline, rows, facts, remedy=remedy)
+
+
+def _table_text(table: TableForecast) -> str:
+    text = f"{table.table}: {table.lock}, blocks {table.blocks}"
+    parts = [part for part in (table.lasts, _dropped(table), _size(table)) if part]
+    return "; ".join([text, *parts])
+
+
+def _dropped(table: TableForecast) -> str:
+    if table.dropped:
+        return "the table is dropped"
+    return f"columns dropped: {', '.join(table.dropped_columns)}" if table.dropped_columns else ""
+
+
+def _size(table: TableForecast) -> str:
+    return "" if table.size is None else f"{table.rows:,} rows, {size(table.size)}"
+
+
+def _check_rows(checks: list[DataCheck]) -> Rows:
+    rows = []
+    for check in checks:
+        reason = f" ({check.reason})" if check.reason else ""
+        rows.append(("rows", f"revision {check.revision}, {check.table}: {check.demand}: {check.result}{reason}"))
+    return rows
+
+
+def _markdown(found: Rehearsal) -> str:
+    lines = [""]
+    if found.tables:
+        lines.append(_HEAD)
+    for revision, table in found.tables:
+        meanwhile = "; ".join(part for part in (table.lasts, _dropped(table)) if part)
+        rows = "" if table.rows is None else f"{table.rows:,}"
+        bytes_ = "" if table.size is None else size(table.size)
+        cells = [f"`{revision.revision}`", f"`{table.table}`", table.lock, table.blocks, meanwhile, rows, bytes_]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"- **warning** {warning}" for warning in found.warnings]
+    lines += [f"- {text}" for _, text in _check_rows(found.checks)]
+    lines += [f"- {note}" for note in found.notes]
+    return "\n".join(lines)
