@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def rehearse(settings: Settings, tree: Tree, *, schema: Path | None = None, data
                 roles = frozenset(str(row[0]) for row in live.execute(_ROLES))
                 versions = {table: postgres.database_heads(live, table) for table in _version_tables(settings, tree)}
                 text = schema_copy.dump(live, settings.migration_database, settings.migration_lock_timeout)
-        url = settings.rehearsal_database_url or stack.enter_context(_embedded())
+        url = _for_env_py(settings.rehearsal_database_url or stack.enter_context(_embedded()), settings)
         schema_copy.restore(text, url, roles, versions)
         _upgrade(settings, tree, url, observed)
         revisions = observed.forecast()
@@ -193,6 +193,15 @@ def _live(settings: Settings) -> Iterator[Connection]:
 def _embedded() -> Iterator[PostgresUrl]:
     with embedded.embedded_servers() as servers:
         yield parse_postgres(servers.database_url)
+
+
+def _for_env_py(copy: PostgresUrl, settings: Settings) -> PostgresUrl:
+    """The URL of the copy with the driver suffix of the live URL, which env.py may need, unless it has its own."""
+    scheme, _, rest = copy.as_written.partition("://")
+    if not settings.database_url or "+" in scheme:
+        return copy
+    live_scheme = settings.migration_database.as_written.partition("://")[0]
+    return replace(copy, as_written=f"{live_scheme}://{rest}")
 
 
 def _version_tables(settings: Settings, tree: Tree) -> tuple[str, ...]:

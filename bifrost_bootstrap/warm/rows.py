@@ -39,8 +39,7 @@ _FOR_ALL_ROWS: LiteralString = (
     "SELECT set_config('row_security', 'off', true), set_config('statement_timeout', '0', true)"
 )
 #: Transaction, and the session's user, application and pid, of each writer of a table.
-_OPEN_WRITERS = """
-    SELECT l.virtualtransaction, concat_ws(' ', a.usename, nullif(a.application_name, ''),
+_OPEN_WRITERS = """SELECT l.virtualtransaction, concat_ws(' ', a.usename, nullif(a.application_name, ''),
         '(pid ' || coalesce(l.pid::text, 'none') || ')')
     FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
     WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' AND l.granted

@@ -312,6 +312,27 @@ def test_warm_beside_its_own_writers(platform: Platform) -> None:
     platform.assert_cache_equals_table()
 
 
+def test_rehearsal_from_an_older_version(platform_folder: Path, servers: EmbeddedServers) -> None:
+    """PLATFORM_FROM: the newer tree applies to a copy of the older schema, which stays as it is."""
+    if not os.environ.get("PLATFORM_FROM"):
+        pytest.skip("needs PLATFORM_FROM, a checkout of an older version")
+    older = Platform(Path(os.environ["PLATFORM_FROM"]) / "api", servers)
+    older.init()
+    before = older.shape()
+    newer = Platform(platform_folder, servers)
+    with newer.start("rehearse", "--json") as process:
+        out, err = process.communicate(timeout=INIT_TIMEOUT)
+    assert process.returncode == 0, err
+    found = json.loads(out)
+    assert older.shape() == before
+    rehearsed = [revision["revision"] for revision in found["revisions"]]
+    tables = {table["table"] for revision in found["revisions"] for table in revision["tables"]}
+    assert "public.alembic_version" not in tables
+    print(found["message"], *found["warnings"], *found["notes"], sep="\n")
+    applied = newer.init()["migrate"]["applied"]
+    assert [revision["revision"] for revision in applied] == rehearsed
+
+
 def test_upgrade_from_an_older_version(platform_folder: Path, servers: EmbeddedServers) -> None:
     """PLATFORM_FROM: one init takes over database and cache of an older checkout."""
     if not os.environ.get("PLATFORM_FROM"):

@@ -280,7 +280,13 @@ def test_an_asynchronous_tree_with_its_own_interpreter(live: Live, tmp_path: Pat
         "        op.execute('ALTER TABLE region ADD CHECK (id > 0) NOT VALID')\n"
         "    op.execute('ALTER TABLE file ALTER COLUMN size TYPE bigint')",
     )
-    code, facts = live.rehearse(BIFROST_ALEMBIC_CONFIG=str(tree.config), BIFROST_ALEMBIC_PYTHON=sys.executable)
+    env = tree.folder / "env.py"
+    env.write_text(f"import os\nassert '+asyncpg' in os.environ['DATABASE_URL']\n{env.read_text()}")
+    code, facts = live.rehearse(
+        BIFROST_ALEMBIC_CONFIG=str(tree.config),
+        BIFROST_ALEMBIC_PYTHON=sys.executable,
+        BIFROST_DATABASE_URL=live.database.url_for("asyncpg"),
+    )
     assert code == 0, facts
     tables = {table["table"]: table for table in facts["revisions"][0]["tables"]}
     assert (tables["public.file"]["rewritten"], tables["public.file"]["indexes"]) == (True, [])
