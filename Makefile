@@ -40,7 +40,7 @@ check: venv ## check format, lint, types, import contracts, lock files, known vu
 	$(PYTHON) tools/check-words
 	$(PYTHON) tools/audit
 	$(PYTHON) tools/write-docs --check
-	.venv/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml deploy/github/*.yml
 	.venv/bin/check-jsonschema -q --builtin-schema vendor.dependabot .github/dependabot.yml
 	.venv/bin/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(PYTHON) -m pytest -q tests/kube/test_manifests.py tests/compose/test_files.py
@@ -106,9 +106,10 @@ site: venv ## build the documents as a site with a search, in build/site (SERVE=
 	@tools/site $(if $(SERVE),serve,build)
 
 .PHONY: screenshot
-screenshot: venv ## take docs/flower.png again: the task list after an init, in a browser
+screenshot: venv ## make the pictures again: docs/flower.png (in a browser) and docs/rehearse.svg
 	tools/test-servers
 	SCREENSHOT=docs/flower.png $(PYTHON) -m pytest -q tests/security/test_flower.py -k browser
+	PYTHONPATH=. $(PYTHON) tools/rehearse-picture
 
 .PHONY: lock
 lock: ## write requirements/*.lock from pyproject.toml (UPGRADE=1: with the newest versions)
