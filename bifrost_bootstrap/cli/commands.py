@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def _command(
-    *codes: int, ok: str = ExitCode.OK.meaning, has_json: bool = True
+    *codes: int, ok: str = ExitCode.OK.meaning, not_ready: str = ExitCode.NOT_READY.meaning, has_json: bool = True
 ) -> Callable[[Callable[..., Outcome]], click.Command]:
     """
     Make a command of a function that takes the options and returns its Outcome.
 
     `--help` shows the examples of its docstring and its exit codes below the options. codes: exit codes beside those of
-    any command. ok: the meaning of 0. has_json: it has the option `--json`.
+    any command. ok, not_ready: the meaning of 0 and 3. has_json: it has the option `--json`.
     """
 
     def add(function: Callable[..., Outcome]) -> click.Command:
@@ -67,12 +67,13 @@ def _command(
         def command(as_json: bool = False, **options: Any) -> int:
             return run_command(function.__name__, as_json, functools.partial(function, **options))
 
-        text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
-        meanings = {0: ok} | {code: ExitCode(code).meaning for code in sorted((*codes, *_ALWAYS))}
+        summary_text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
+        meanings = {code: ExitCode(code).meaning for code in sorted((0, *codes, *_ALWAYS))}
+        meanings |= {code: text for code, text in ((0, ok), (3, not_ready)) if code in meanings}
         table = [f"  {code:<4} {meaning}" for code, meaning in meanings.items()]
         # click wraps the lines of a paragraph, unless it begins with this character.
         epilog = "\n".join(["\b", "Examples:", examples, "", "\b", "Exit codes:", *table])
-        added = main.command(help=text, epilog=epilog)(command)
+        added = main.command(help=summary_text, epilog=epilog)(command)
         if has_json:
             words = "Print exactly one JSON object on stdout."
             added.params.append(click.Option(["--json", "as_json"], is_flag=True, help=words))
@@ -171,7 +172,7 @@ def plan(with_sql: bool) -> Outcome:
     return summary.of_plan(plans.plan(settings, tree_loading.load(settings), with_sql=with_sql))
 
 
-@_command(1, 3, 69, 75, ok="the pending revisions apply to the schema")
+@_command(1, 3, 69, 75, ok="the pending revisions apply to the schema", not_ready="--strict, and there is a warning")
 @click.option("--schema", type=click.Path(path_type=Path), help=_SCHEMA_HELP)
 @click.option("--strict", is_flag=True, help="End with 3 if there is a warning.")
 @click.option("--no-data-checks", is_flag=True, help="Do not read whether the live rows meet new constraints.")

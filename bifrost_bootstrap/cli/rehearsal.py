@@ -20,13 +20,15 @@ def of_rehearsal(found: Rehearsal, *, strict: bool, markdown: bool) -> Outcome:
     """The outcome of a rehearsal that reached the heads. strict: a warning is no success."""
     code = ExitCode.OK
     remedy = ""
+    facts = {**found.to_dict(), "message": found.headline}
     if found.violations:
         code = ExitCode.MIGRATION
         remedy = "correct these rows, or the revision, before the deploy"
+        facts |= {"error": "MigrationError", "remedy": remedy}
     elif strict and found.warnings:
         code = ExitCode.NOT_READY
         remedy = "change the revisions as the warnings say"
-    facts = {**found.to_dict(), "message": found.headline, "remedy": remedy}
+        facts["remedy"] = remedy
     if markdown:
         return Outcome(code, found.headline, [], facts, text=_markdown(found), remedy=remedy)
     rows = [("warning", warning) for warning in found.warnings]

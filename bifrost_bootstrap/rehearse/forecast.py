@@ -32,7 +32,7 @@ _DATA = re.compile(
     rf"{_BLANK}(?:insert|update|delete|merge|with|select|copy|truncate|lock)\b", re.IGNORECASE | re.DOTALL
 )
 _READS = re.compile(rf"{_BLANK}(?:select|lock)\b", re.IGNORECASE | re.DOTALL)
-#: How to do it without, by what makes a lock last as long as the table is large.
+#: How to avoid a lock that lasts longer the larger the table is, by its cause.
 WAYS = {
     "rewrite": "for a column add another one, fill it in batches and swap the names; for a whole table use pg_repack",
     "not null": "ADD CHECK (column IS NOT NULL) NOT VALID, VALIDATE CONSTRAINT in a later revision, then SET NOT NULL",
@@ -123,11 +123,11 @@ class TableForecast:
         return bool(self.lasts), _STRENGTH.get(self.mode, -1), self.size or 0
 
     def warning(self, large: int) -> str:
-        """What to look out for and how to do without; "" if the lock is short, or the table smaller than `large`."""
+        """What the lock blocks, why it lasts, how to avoid it. "" if it is short, or the table below `large` bytes."""
         if not self.lasts or (self.size is not None and self.size < large):
             return ""
         ways = "; ".join(WAYS[way] for way in WAYS if way in (self.ways or {"scan"}))
-        return f"{self.table}: {self.lock} blocks {self.blocks} while {self.lasts}. Without: {ways}"
+        return f"{self.table}: {self.lock} blocks {self.blocks} while {self.lasts}. To avoid it: {ways}"
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""

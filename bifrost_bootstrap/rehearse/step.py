@@ -28,7 +28,7 @@ class RevisionForecast:
     """
     What one revision did on the copy. seconds: of its statements, on tables without rows. statements: how many.
 
-    data: those of them that write rows, and wrote none. tables: what it does to those that were there before.
+    data: the statements that write rows (on the copy there are none). tables: what it does to the live tables.
     """
 
     revision: str
@@ -42,10 +42,10 @@ class RevisionForecast:
 @dataclass(frozen=True)
 class Rehearsal:
     """
-    The forecast. revisions: those that are pending, in their order; empty where the schema is at head.
+    The forecast. revisions: the pending ones, in their order; empty if the schema is at head.
 
-    one_transaction: env.py runs all revisions in one, so that each lock is held until the last one is committed. large:
-    the size (bytes) of a table from which on there are warnings.
+    one_transaction: env.py runs all revisions in one transaction, so each lock is held until the last is committed.
+    large: the size (bytes) of a table from which on a lock that lasts is a warning.
     """
 
     revisions: list[RevisionForecast]
@@ -62,18 +62,18 @@ class Rehearsal:
 
     @property
     def warnings(self) -> list[str]:
-        """What to look out for, the largest harm first, and how to do without."""
+        """Each lock that lasts on a large table, the largest harm first, and how to avoid it."""
         found = [(revision, table.warning(self.large)) for revision, table in self.tables]
         return [f"revision {revision.revision}: {warning}" for revision, warning in found if warning]
 
     @property
     def violations(self) -> list[DataCheck]:
-        """The checks that the live rows fail: there the revision will fail too."""
+        """The demands that the live rows do not meet. The revision would fail on them."""
         return [check for check in self.checks if check.result == "violated"]
 
     @property
     def notes(self) -> list[str]:
-        """What this rehearsal cannot see, and what its locks would meet now."""
+        """What this rehearsal cannot see, and which open transactions would block the revisions now."""
         notes = ["the copy has no rows: seconds are those of empty tables"] if self.revisions else []
         for revision in self.revisions:
             if revision.data:
@@ -109,22 +109,26 @@ class Rehearsal:
 
 
 class _Observed:
-    """What the tree's process says of each statement, in the order of its events."""
+    """
+    What the runner reports, in the order of its events. A tree may run the same revision several times, for schemas.
+
+    original: the tables that were there before the first revision: names by oid. statements: of each revision.
+    """
 
     def __init__(self) -> None:
         self.original: dict[str, str] = {}
         self.one_transaction = False
         self.revisions: list[RevisionForecast] = []
-        self.statements: dict[str, list[Statement]] = {}
+        self.statements: list[list[Statement]] = []
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
-            case "original":
+            case "original" if not self.revisions:
                 self.original = event["tables"]
                 self.one_transaction = event["one_transaction"]
             case "begin":
                 self.revisions.append(RevisionForecast(event["revision"], event["title"]))
-                self.statements[event["revision"]] = []
+                self.statements.append([])
             case "statement":
                 locks = [(oid, mode) for oid, mode in event["locks"]]
                 statement = Statement(event["text"], event["changes"], locks, event["in_transaction"])
@@ -132,12 +136,12 @@ class _Observed:
                 revision.seconds = round(revision.seconds + event["seconds"], 3)
                 revision.statements += 1
                 revision.data += [statement.text] if statement.writes_rows else []
-                self.statements[revision.revision].append(statement)
+                self.statements[-1].append(statement)
 
     def forecast(self) -> list[RevisionForecast]:
         """The revisions with the tables that their statements touched."""
-        for revision in self.revisions:
-            revision.tables = forecast_tables(self.statements[revision.revision], self.original)
+        for revision, statements in zip(self.revisions, self.statements, strict=True):
+            revision.tables = forecast_tables(statements, self.original)
         return self.revisions
 
 
@@ -230,9 +234,9 @@ def _upgrade(settings: Settings, tree: Tree, url: PostgresUrl, observed: _Observ
 def _check_rows(live: Connection, observed: _Observed) -> Iterator[DataCheck]:
     """Read whether the live rows meet what each statement demands of them."""
     written: set[str] = set()
-    for revision, statements in observed.statements.items():
+    for revision, statements in zip(observed.revisions, observed.statements, strict=True):
         for statement in statements:
             for demand in live_database.demands(statement, observed.original):
-                yield live_database.check(live, revision, demand, written)
+                yield live_database.check(live, revision.revision, demand, written)
             locked = {oid for oid, mode in statement.locks if mode == "RowExclusiveLock"}
             written |= {name for oid, name in observed.original.items() if oid in locked}

@@ -98,7 +98,7 @@ def test_objects_of_all_commands(
     assert seen == FIELDS
 
 
-@pytest.mark.parametrize("command", ["init", "rewarm", "check", "plan"])
+@pytest.mark.parametrize("command", ["init", "rewarm", "check", "plan", "rehearse"])
 def test_objects_of_failures(command: str, run_bootstrap: RunBootstrap, clean_env: dict[str, str]) -> None:
     """The object of a failure has class, message and what to do."""
     object_of(run_bootstrap, command, code=78, env=clean_env)
@@ -107,7 +107,9 @@ def test_objects_of_failures(command: str, run_bootstrap: RunBootstrap, clean_en
 def test_schema_has_every_exit_code_and_no_unknown_field() -> None:
     """The schema has the exit codes and verdicts of the code, and rejects an unknown field."""
     assert SCHEMA["properties"]["exit_code"]["enum"] == [int(code) for code in ExitCode]
-    verdicts = {report.verdict(command, code) for command in ("init", "plan", "load", "worker") for code in ExitCode}
+    verdicts = {
+        report.verdict(command, code) for command in ("init", "plan", "rehearse", "load", "worker") for code in ExitCode
+    }
     assert set(SCHEMA["properties"]["verdict"]["enum"]) == verdicts
     head = {"schema": 1, "command": "check", "verdict": "usage", "exit_code": 130}
     VALIDATOR.validate(head)

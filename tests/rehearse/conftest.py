@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import RunBootstrap
+from tests.is_true.test_json import VALIDATOR
 from tests.servers import Database, Postgres
 from tests.setups.migration import Tree
 
@@ -58,10 +59,12 @@ class Live:
         self.tree.last = name
 
     def rehearse(self, *options: str, **variables: str) -> tuple[int, dict[str, Any]]:
-        """Run `rehearse --json`; its exit code and its object."""
+        """Run `rehearse --json`; its exit code and its object, which is valid."""
         done = self.run_bootstrap("rehearse", "--json", *options, env=self.variables | variables)
         assert done.stdout, done.stderr
-        return done.returncode, json.loads(done.stdout)
+        found = json.loads(done.stdout)
+        VALIDATOR.validate(found)
+        return done.returncode, found
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_it_warns_of_locks_that_last_on_large_tables(live: Live) -> None:
         "revision third: public.file: ACCESS EXCLUSIVE blocks reads and writes while it is rewritten"
     )
     assert "fill it in batches" in first
-    assert "index public.region_name_idx is built, not concurrently. Without: CREATE INDEX CONCURRENTLY" in second
+    assert "index public.region_name_idx is built, not concurrently. To avoid it: CREATE INDEX CONCURRENTLY" in second
     make_empty(live)
     code, facts = live.rehearse("--strict", **LARGE)
     assert (code, facts["verdict"], len(facts["warnings"])) == (3, "not_ready", 2)
