@@ -141,9 +141,10 @@ def database_heads(connection: Connection, version_table: str) -> tuple[str, ...
 
     Raises SettingsError if the table is not a version table of Alembic.
     """
+    alone = connection.autocommit and connection.info.transaction_status is psycopg.pq.TransactionStatus.IDLE
     query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(*version_table.split(".")))
     try:
-        with nullcontext() if connection.autocommit else connection.transaction():
+        with nullcontext() if alone else connection.transaction():
             return tuple(str(row[0]) for row in connection.execute(query))
     except psycopg.errors.UndefinedTable:
         return ()

@@ -142,6 +142,16 @@ def test_rows_that_meet_the_demand_hold_and_written_rows_are_unknown(live: Live)
     ]
 
 
+def test_an_empty_live_database(live: Live) -> None:
+    """There is no version table yet: all revisions are pending."""
+    live.database.execute("DROP SCHEMA public CASCADE")
+    live.database.execute("CREATE SCHEMA public")
+    live.revision("second", "CREATE TABLE file (id int)", REWRITE.replace("size", "id"))
+    code, facts = live.rehearse(**LARGE)
+    assert (code, facts["warnings"]) == (0, [])
+    assert [revision["tables"] for revision in facts["revisions"]] == [[], []]
+
+
 def test_a_schema_at_head(live: Live) -> None:
     """There is nothing to rehearse."""
     assert live.rehearse()[1]["message"] == "nothing to rehearse: the schema is at head"
