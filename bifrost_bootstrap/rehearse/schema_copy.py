@@ -43,6 +43,10 @@ _DUMPED_FROM = re.compile(r"^-- Dumped from database version (?P<major>\d+)", re
 _PSQL_COMMAND = re.compile(r"^\\(?:un)?restrict .*$", re.MULTILINE)
 #: A setting in the first lines of a dump, which an older server may not know.
 _SET = re.compile(r"^SET (?P<name>\w+) = .*;$", re.MULTILINE)
+#: The options of a column. A server may keep one of its own there (seen in 17.12), which an older pg_dump writes and no
+#: server accepts.
+_COLUMN_OPTIONS = re.compile(r"^(ALTER TABLE ONLY .+ ALTER COLUMN .+ SET) \((.+)\);$", re.MULTILINE)
+_INTERNAL_OPTION = "pg_attver="
 #: Rows in a dump, between their COPY statement and the line that ends them.
 _ROWS = re.compile(r"^(COPY [^;]+ FROM stdin;)\n(.*?)^\\\.$", re.MULTILINE | re.DOTALL)
 #: Objects that somebody has made, and no extension. The server's own have smaller numbers (FirstNormalObjectId).
@@ -178,12 +182,18 @@ def _parts(text: str, copy: Connection) -> Iterator[_Part]:
     settings = {str(row[0]) for row in copy.execute("SELECT name FROM pg_settings")}
     text = _PSQL_COMMAND.sub("", text)
     text = _SET.sub(lambda line: line[0] if line["name"] in settings else "", text)
+    text = _COLUMN_OPTIONS.sub(_without_internal_options, text)
     text = text.replace("CREATE SCHEMA public;", "CREATE SCHEMA IF NOT EXISTS public;")
     start = 0
     for rows in _ROWS.finditer(text):
         yield _Part(text[start : rows.start()], rows[1], rows[2])
         start = rows.end()
     yield _Part(text[start:])
+
+
+def _without_internal_options(found: re.Match[str]) -> str:
+    options = [option for option in found[2].split(", ") if not option.startswith(_INTERNAL_OPTION)]
+    return f"{found[1]} ({', '.join(options)});" if options else ""
 
 
 def _run(copy: Connection, parts: list[_Part]) -> None:

@@ -211,6 +211,21 @@ def test_a_dump_in_place_of_a_live_database(live: Live, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_option_that_only_the_server_sets(live: Live, tmp_path: Path) -> None:
+    """PostgreSQL 17.12 keeps `pg_attver` among the options of a column; an older pg_dump writes it into the dump."""
+    live.revision("second", REWRITE)
+    file = tmp_path / "schema.sql"
+    options = (
+        "ALTER TABLE ONLY public.file ALTER COLUMN size SET (pg_attver=26677544);\n"
+        "ALTER TABLE ONLY public.file ALTER COLUMN region SET (n_distinct=5, pg_attver=26677544);\n"
+    )
+    file.write_text(pg_dump(live.database) + options)
+    assert live.rehearse("--schema", str(file))[0] == 0
+    assert live.rehearsal.execute(
+        "SELECT attname::text, attoptions FROM pg_attribute WHERE attoptions IS NOT NULL"
+    ) == [("region", ["n_distinct=5"])]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
