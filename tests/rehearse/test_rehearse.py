@@ -221,9 +221,8 @@ def test_an_option_that_only_the_server_sets(live: Live, tmp_path: Path) -> None
     )
     file.write_text(pg_dump(live.database) + options)
     assert live.rehearse("--schema", str(file))[0] == 0
-    assert live.rehearsal.execute(
-        "SELECT attname::text, attoptions FROM pg_attribute WHERE attoptions IS NOT NULL"
-    ) == [("region", ["n_distinct=5"])]
+    kept = live.rehearsal.execute("SELECT attname::text FROM pg_attribute WHERE 'n_distinct=5' = ANY (attoptions)")
+    assert kept == [("region",)]
 
 
 @pytest.mark.parametrize(
