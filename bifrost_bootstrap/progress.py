@@ -72,5 +72,9 @@ HEARTBEAT_TTL = 10
 
 
 def heartbeat_key(task_id: str) -> bytes:
-    """The heartbeat of a task that a worker has. A running task renews its own, the main process those that wait."""
+    """
+    The heartbeat of a task: it exists while a worker has the task. An idle worker has no key.
+
+    The main process of the worker renews the keys of all its tasks; a running task renews its own too.
+    """
     return b"bifrost:bootstrap:held:" + task_id.encode()

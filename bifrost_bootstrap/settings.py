@@ -38,8 +38,8 @@ NO_TREE = (
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = r"\d+(?:\.\d+)?"
 
-#: What a command may need: the URL of a server, or a tree.
-Need = Literal["database", "redis", "rabbitmq", "tree"]
+#: What a command may need: the URL of a server, a tree, or (if one is set) the URL of a database for rehearsals.
+Need = Literal["database", "redis", "rabbitmq", "tree", "rehearsal"]
 #: The fields of each server. The first is the one that a command needs.
 SERVERS: dict[Need, tuple[str, ...]] = {
     "database": ("database_url", "migration_database_url"),
@@ -167,6 +167,8 @@ def load(needs: Iterable[Need] = (), environment: Mapping[str, str] | None = Non
         elif getattr(settings, fields[0]) is None:
             name = fields[0].upper()
             faults.setdefault(fields[0], f"{PREFIX}{name} is not set (nor {name}, nor their _FILE)")
+    if "rehearsal" not in needs:
+        faults.pop("rehearsal_database_url", None)
     if "tree" in needs and settings.alembic_config is None and not default_tree():
         faults.setdefault("alembic_config", NO_TREE)
     if faults:

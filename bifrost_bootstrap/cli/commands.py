@@ -189,13 +189,13 @@ def rehearse(schema: Path | None, strict: bool, no_data_checks: bool, markdown: 
       # in a pipeline, without the live database
       bifrost-bootstrap rehearse --schema schema.sql --strict --markdown
     """
-    settings = _load("tree") if schema else _load("database", "tree")
+    settings = _load("tree", "rehearsal") if schema else _load("database", "tree", "rehearsal")
     from bifrost_bootstrap.cli import rehearsal
     from bifrost_bootstrap.migrate import tree_loading
-    from bifrost_bootstrap.rehearse import step
+    from bifrost_bootstrap.rehearse import rehearsal as rehearsals
 
     tree = tree_loading.load(settings)
-    found = step.rehearse(settings, tree, schema=schema, data_checks=not no_data_checks)
+    found = rehearsals.rehearse(settings, tree, schema=schema, data_checks=not no_data_checks)
     return rehearsal.of_rehearsal(found, strict=strict, markdown=markdown)
 
 

@@ -101,7 +101,7 @@ def _raise_on_signals() -> None:
 
 
 def run_command(name: str, as_json: bool, work: Callable[[], Outcome]) -> int:
-    """Do the work, report its outcome, and return the exit code. Raises nothing."""
+    """Do the work, report its outcome, and return the exit code. Raises only Signalled: a signal during the report."""
     outcome = _outcome(name, work)
     _print(name, as_json, outcome)
     _write_termination_message(name, outcome)

@@ -11,7 +11,7 @@ from bifrost_bootstrap.errors import ExitCode
 if TYPE_CHECKING:
     from bifrost_bootstrap.rehearse.forecast import TableForecast
     from bifrost_bootstrap.rehearse.live import DataCheck
-    from bifrost_bootstrap.rehearse.step import Rehearsal
+    from bifrost_bootstrap.rehearse.rehearsal import Rehearsal
 
 _HEAD = "| revision | table | lock | blocks | meanwhile | rows | size |\n|---|---|---|---|---|---|---|"
 

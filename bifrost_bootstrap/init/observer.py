@@ -38,7 +38,7 @@ RESULT_INTERVAL = 0.05
 
 class Observer:
     """
-    Publishes the chains of one init, and gathers an `Observation` after the other.
+    Publishes the chains of one init, and gathers one `Observation` after another.
 
     A server that fails raises nothing, but for a CertificateError; see `ServerErrors`. readiness: the last that was
     read; None after a chain was published, and if it could not be read. chain: the last that was published.

@@ -59,13 +59,13 @@ def upgrade(
     """
     Run the tree to its heads in its own process while the lock is held.
 
-    The deadline ends a statement that waits for somebody else's lock, and none that works. At the end no process is
+    The deadline ends a statement only while it waits for a lock of another session. At the end no process is
     left that the tree has started in its process group. request: fields that the runner's request gets beside the
     usual ones.
 
     The error of the result: after BusyError, RefusedError, UnavailableError and OwnProcessError (the process ended
     without a report) another attempt may succeed. MigrationError, TreeError, WrongDatabaseError, VersionTableError and
-    SettingsError (of the tree's interpreter) stay.
+    SettingsError (of the tree's interpreter) come again with every attempt.
 
     Raises SettingsError if the interpreter does not start.
     """

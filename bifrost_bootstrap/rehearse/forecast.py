@@ -48,8 +48,9 @@ class Statement:
     """
     One statement of a revision as it ran on the copy.
 
-    changes: what differs behind it, by section of `migrate/script/observation.py` and key: [before, behind], None where
-    there is nothing. locks: (table, mode) of all that its transaction holds. in_transaction: whether it was in one.
+    changes: what it changed in the catalog, by section of `migrate/script/observation.py` and key: [before, after];
+    None stands for an object that does not exist. locks: (table, mode) of each lock that its transaction holds.
+    in_transaction: whether it ran in a transaction.
     """
 
     text: str
@@ -67,9 +68,9 @@ class Statement:
         return self.is_data and not _READS.match(self.text)
 
     def changed(self, section: str) -> Iterator[tuple[str, Any, Any]]:
-        """Key, value before and value behind it, of each change in a section."""
-        for key, (before, behind) in self.changes.get(section, {}).items():
-            yield key, before, behind
+        """Key, value before and value after the statement, of each change in a section."""
+        for key, (before, after) in self.changes.get(section, {}).items():
+            yield key, before, after
 
 
 @dataclass
@@ -168,20 +169,21 @@ def _names(text: str, table: str) -> bool:
 
 def _take_definitions(statement: Statement, tables: Mapping[str, TableForecast]) -> None:
     built = _built_indexes(statement)
-    for oid, before, behind in statement.changed("tables"):
+    for oid, before, after in statement.changed("tables"):
         table = tables.get(oid)
         if table is None or before is None:
             continue
-        if behind is None:
+        if after is None:
             table.dropped = True
-        elif before["file"] != behind["file"]:
+        elif before["file"] != after["file"]:
             table.rewritten = True
             table.ways.add("rewrite")
         elif oid in built:
             # The scan is that of the build. A concurrent one is outside a transaction, and blocks nothing.
-            table.indexes += built[oid] if statement.in_transaction else []
-            table.ways.add("index")
-        elif behind["scans"] > before["scans"]:
+            if statement.in_transaction:
+                table.indexes += built[oid]
+                table.ways.add("index")
+        elif after["scans"] > before["scans"]:
             table.scanned = True
     _take_constraints(statement, tables)
     _take_columns(statement, tables)
@@ -190,27 +192,27 @@ def _take_definitions(statement: Statement, tables: Mapping[str, TableForecast])
 def _built_indexes(statement: Statement) -> dict[str, list[str]]:
     """By the oid of their table, the names of the indexes that the statement built or rebuilt."""
     built: dict[str, list[str]] = {}
-    for _, before, behind in statement.changed("indexes"):
-        if behind and (before is None or before["file"] != behind["file"]):
-            built.setdefault(behind["table"], []).append(behind["name"])
+    for _, before, after in statement.changed("indexes"):
+        if after and (before is None or before["file"] != after["file"]):
+            built.setdefault(after["table"], []).append(after["name"])
     return built
 
 
 def _take_constraints(statement: Statement, tables: Mapping[str, TableForecast]) -> None:
-    for _, before, behind in statement.changed("constraints"):
-        validated = behind and behind["validated"] and not (before and before["validated"])
-        table = tables.get(behind["table"]) if validated else None
-        if table and behind["type"] in "cf":
+    for _, before, after in statement.changed("constraints"):
+        validated = after and after["validated"] and not (before and before["validated"])
+        table = tables.get(after["table"]) if validated else None
+        if table and after["type"] in "cf":
             table.scanned = True
             table.ways.add("constraint")
 
 
 def _take_columns(statement: Statement, tables: Mapping[str, TableForecast]) -> None:
-    for _, before, behind in statement.changed("columns"):
-        table = tables.get((behind or before)["table"])
+    for _, before, after in statement.changed("columns"):
+        table = tables.get((after or before)["table"])
         if table is None or before is None:
             continue
-        if behind is None:
+        if after is None:
             table.dropped_columns += [] if table.dropped else [before["name"]]
-        elif behind["not_null"] and not before["not_null"] and table.scanned:
+        elif after["not_null"] and not before["not_null"] and table.scanned:
             table.ways.add("not null")

@@ -89,25 +89,25 @@ def old_transactions(live: Connection) -> list[OpenTransaction]:
 
 def demands(statement: Statement, original: Mapping[str, str]) -> Iterator[Demand]:
     """What a statement demands of the rows of the tables that were there before. original: their names by oid."""
-    for _, before, behind in statement.changed("columns"):
-        table = original.get(behind["table"]) if behind else None
-        if table is None or not behind["not_null"]:
+    for _, before, after in statement.changed("columns"):
+        table = original.get(after["table"]) if after else None
+        if table is None or not after["not_null"]:
             continue
-        if before is None and not behind["filled"]:
+        if before is None and not after["filled"]:
             yield Demand(
-                table, f"no rows: column {behind['name']} is NOT NULL without a default", f"SELECT FROM {table}"
+                table, f"no rows: column {after['name']} is NOT NULL without a default", f"SELECT FROM {table}"
             )
         elif before and not before["not_null"]:
-            name = behind["name"]
+            name = after["name"]
             yield Demand(table, f"{name} is not NULL", f"SELECT FROM {table} WHERE {name} IS NULL")
-    for _, before, behind in statement.changed("indexes"):
-        table = original.get(behind["table"]) if behind else None
-        if table and before is None and behind["unique"]:
-            yield _unique(table, behind)
-    for _, before, behind in statement.changed("constraints"):
-        table = original.get(behind["table"]) if behind else None
-        if table and behind["validated"] and not (before and before["validated"]):
-            yield from _constraint(table, behind, original)
+    for _, before, after in statement.changed("indexes"):
+        table = original.get(after["table"]) if after else None
+        if table and before is None and after["unique"]:
+            yield _unique(table, after)
+    for _, before, after in statement.changed("constraints"):
+        table = original.get(after["table"]) if after else None
+        if table and after["validated"] and not (before and before["validated"]):
+            yield from _constraint(table, after, original)
 
 
 def _unique(table: str, index: Mapping[str, Any]) -> Demand:

@@ -170,7 +170,7 @@ def restore(text: str, url: PostgresUrl, roles: frozenset[str], versions: Mappin
 
 @dataclass(frozen=True)
 class _Part:
-    """SQL, and behind it a COPY statement with its rows; "" where it is the last part."""
+    """Statements, then a COPY statement with its rows; both are "" in the last part."""
 
     statements: str
     copy: str = ""

@@ -23,6 +23,7 @@ _Item = TypeVar("_Item")
 Command = tuple[object, ...]
 
 ENTRY = b"bifrost:module:"
+#: The paths that have an entry. Here only `lua/switch.lua` writes it; the platform writes it too.
 INDEX = b"bifrost:module:index"
 #: The platform's text of `requirements.txt`, which its workers install when they start.
 REQUIREMENTS = b"bifrost:requirements:content"
@@ -119,7 +120,7 @@ class SwitchResult:
     """
     conflicts: paths that the switch left alone, because somebody else had written their entry since the comparison.
 
-    no_other_warm: no other warm has switched since the cache was read, or it has confirmed the cache that it left.
+    no_other_warm: no other warm has switched since the cache was read, or the marker of that warm confirms the cache.
     """
 
     conflicts: list[bytes]

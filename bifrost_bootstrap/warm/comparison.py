@@ -81,6 +81,7 @@ def _compare_rows(diff: CacheDiff, states: CacheStates, rows: Snapshot, *, full:
         _sort(diff, states, path, doubtful[path], same=doubtful[path] == fingerprint(computed))
     diff.modules = unchanged + others
     diff.private = rows.source.count_private(fingerprints)
+    # Fewer rows than indexed paths: only then some path has no row, and the rows are read again to find it.
     if diff.modules - unindexed + diff.private < diff.indexed:
         diff.removed = _without_row(fingerprints, rows)
 

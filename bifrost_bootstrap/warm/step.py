@@ -181,7 +181,7 @@ class _Warm:
         planned = diff.entries
         marker = Marker(self.warm_id, diff.modules + diff.private, list(rows.heads), settled=diff.complete)
         switched = self._switch(len(planned), marker, states.marker)
-        # Where another warm has switched, a switch that would only set TTLs and confirm the cache does nothing.
+        # If another warm has switched and no entry differs, our switch did nothing: it set no TTL either.
         ttl_only = len(diff.ttl_only) if switched.no_other_warm or not diff.complete else 0
         result = replace(
             last.result,
@@ -251,7 +251,7 @@ class _Warm:
 
 def _without_in_flight(diff: CacheDiff, last: _Pass) -> CacheDiff:
     """
-    The difference; from `SETTLING_PASS` on without any, if all of it is the work of live writers, which comes and goes.
+    The difference. From `SETTLING_PASS` on it is empty if only live writers can have made it: their work never ends.
 
     A path that the last switch touched, and whose entry is as that switch found or left it, is for us to write again.
     An entry of any other path has been written since, or its row has changed since the last comparison began.

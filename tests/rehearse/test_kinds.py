@@ -9,7 +9,7 @@ import pytest
 from bifrost_bootstrap import settings as environment
 from bifrost_bootstrap.migrate import tree_loading
 from bifrost_bootstrap.rehearse.forecast import LOCKS, TableForecast
-from bifrost_bootstrap.rehearse.step import Rehearsal, rehearse
+from bifrost_bootstrap.rehearse.rehearsal import Rehearsal, rehearse
 from tests.rehearse.kinds import KINDS, TABLE, VIEW, Kind
 from tests.servers import Database, Postgres
 from tests.servers.process import wait_until

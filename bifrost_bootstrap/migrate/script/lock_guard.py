@@ -54,7 +54,11 @@ class LockGuard:
         return statement, parameters
 
     def after_execute(self, connection: Connection, _cursor: Any, statement: str, *_more: Any) -> None:
-        """Build again if IF NOT EXISTS has waited for another session's build, which then failed, and skipped ours."""
+        """
+        Build the index again if it is INVALID.
+
+        Another session's build may fail while ours waits for it. IF NOT EXISTS then skips our build.
+        """
         if self.lock.find_other_database(connection) or not is_autocommit(connection):
             return
         while self.drop_invalid_index(connection, statement):

@@ -133,10 +133,10 @@ def read_catalog(connection: Connection) -> dict[str, Any]:
     return {name: section or {} for name, section in sections.items()}
 
 
-def find_changes(before: dict[str, Any], behind: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """By section and key the values before and behind, where they differ; None where there is none."""
+def find_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """By section and key, the values before and after that differ; None stands for an object that does not exist."""
     changes = {}
-    for section, values in behind.items():
+    for section, values in after.items():
         old = before[section]
         changes[section] = {
             key: [old.get(key), values.get(key)]

@@ -3,10 +3,10 @@ Ties each transaction of the tree to the migration lock, also where a revision e
 
 The state of a transaction, kept for each connection of a driver:
 
-* FRESH: it holds the runner lock, and the tree has run no statement in it.
-* UNTIED: the tree's first statement must come before any query (`SET TRANSACTION ...`), and taking the lock is a query.
+* UNUSED: it holds the runner lock, and the tree has run no statement in it.
+* RELEASED: the tree's first statement must come before any query (`SET TRANSACTION ...`). Taking the lock is a query.
   So the transaction was begun again without the lock. The tree's next statement, or the commit, takes the lock.
-* TIED: it holds the runner lock, and the tree has run a statement in it.
+* IN_USE: it holds the runner lock, and the tree has run a statement in it.
 
 Beside that, `ended_by_hand` is true if a statement of the running revision (`op.execute("COMMIT")`) has ended the
 transaction, which SQLAlchemy does not notice. The rest of the revision gets a transaction of its own, except for
@@ -25,14 +25,14 @@ from .drivers import ask, driver_session, forget_transaction, is_autocommit, is_
 from .runner_lock import RunnerLock
 from .statements import may_end_transaction, needs_no_transaction, sets_transaction
 
-Tie = Enum("Tie", "FRESH UNTIED TIED")
+Tie = Enum("Tie", "UNUSED RELEASED IN_USE")
 
 
 @dataclass
 class TransactionState:
     """See above."""
 
-    tie: Tie = Tie.TIED
+    tie: Tie = Tie.IN_USE
     ended_by_hand: bool = False
 
 
@@ -54,13 +54,13 @@ class TransactionGuard:
             driver_session(connection).autocommit = False
         state.ended_by_hand = False
         if not is_autocommit(connection):
-            self._tie(connection)
+            self._take_runner_lock(connection)
 
     def on_commit(self, connection: Connection) -> None:
         if is_autocommit(connection) or self._lock.find_other_database(connection):
             return
-        if state_of(connection).tie is Tie.UNTIED:
-            self._tie(connection)
+        if state_of(connection).tie is Tie.RELEASED:
+            self._take_runner_lock(connection)
         self._lock.assert_migration_lock_held(connection)
 
     def before_statement(self, connection: Connection, statement: str) -> None:
@@ -71,13 +71,13 @@ class TransactionGuard:
         state = state_of(connection)
         if sets_transaction(statement):
             # What the tree has written past SQLAlchemy must not be rolled back.
-            if state.tie is Tie.FRESH and ask(connection, "SELECT pg_current_xact_id_if_assigned() IS NULL")[0]:
+            if state.tie is Tie.UNUSED and ask(connection, "SELECT pg_current_xact_id_if_assigned() IS NULL")[0]:
                 driver_session(connection).rollback()
-                state.tie = Tie.UNTIED
+                state.tie = Tie.RELEASED
         else:
-            if state.tie is Tie.UNTIED:
-                self._tie(connection)
-            state.tie = Tie.TIED
+            if state.tie is Tie.RELEASED:
+                self._take_runner_lock(connection)
+            state.tie = Tie.IN_USE
         if may_end_transaction(statement):
             # It may commit, which SQLAlchemy's event does not see.
             self._lock.assert_migration_lock_held(connection)
@@ -117,9 +117,9 @@ class TransactionGuard:
     def _begin_anew(self, connection: Connection) -> None:
         """Begin a transaction past SQLAlchemy."""
         driver_session(connection).autocommit = False
-        self._tie(connection)
+        self._take_runner_lock(connection)
 
-    def _tie(self, connection: Connection) -> None:
+    def _take_runner_lock(self, connection: Connection) -> None:
         """Take the runner lock in the transaction that has just begun."""
         self._lock.take(connection)
-        state_of(connection).tie = Tie.FRESH
+        state_of(connection).tie = Tie.UNUSED
