@@ -50,6 +50,14 @@ def test_a_command_needs_only_what_it_uses() -> None:
     assert load(("redis",), URLS).redis == URLS["BIFROST_REDIS_URL"]
 
 
+def test_a_faulty_url_for_rehearsals_concerns_only_rehearse() -> None:
+    """Other commands start with it; `rehearse`, which may do without the variable, names it."""
+    faulty = {"BIFROST_REHEARSAL_DATABASE_URL": "mysql://hidden-value"}
+    assert load((), faulty).rehearsal_database_url is None
+    assert load(("rehearsal",), {}).rehearsal_database_url is None
+    assert fault(faulty, "rehearsal").startswith("configuration: BIFROST_REHEARSAL_DATABASE_URL")
+
+
 @pytest.mark.parametrize(("server", "others"), [("database", ("redis", "rabbitmq")), ("redis", ("database",)),
                                                 ("rabbitmq", ("database", "redis"))])  # fmt: skip
 def test_a_url_that_a_command_does_not_use_may_be_faulty(
