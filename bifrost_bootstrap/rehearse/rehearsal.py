@@ -10,8 +10,9 @@ from typing import Any
 
 import psycopg
 
-from bifrost_bootstrap.deadline import Deadline
+from bifrost_bootstrap.deadline import Deadline, DeadlineExceeded
 from bifrost_bootstrap.dev import embedded
+from bifrost_bootstrap.errors import OwnProcessError
 from bifrost_bootstrap.migrate import lock, runner, schema_state, tree_loading
 from bifrost_bootstrap.migrate.tree import Tree
 from bifrost_bootstrap.rehearse import live as live_database, schema_copy
@@ -152,9 +153,22 @@ def rehearse(settings: Settings, tree: Tree, *, schema: Path | None = None, data
     schema: a dump in place of the live database. data_checks: read of the live rows whether they meet what the
     revisions demand of them; each read takes at most `live.CHECK_TIMEOUT`.
 
-    Raises RehearsalError where no copy can be made, SchemaError and MigrationError as migrate does, UnavailableError,
-    RefusedError, BusyError, and the configuration errors of the tree.
+    Raises RehearsalError if no copy can be made, SchemaError and MigrationError as migrate does, UnavailableError,
+    RefusedError, BusyError, the configuration errors of the tree, and OwnProcessError after `settings.init_timeout`.
     """
+    deadline = Deadline(settings.init_timeout)
+    try:
+        # pg_dump waits for ever for a server that is frozen, and a revision may sleep.
+        with deadline.interrupt_after(0):
+            return _rehearse(settings, tree, deadline, schema, data_checks=data_checks)
+    except DeadlineExceeded:
+        reason = f"it did not end within {deadline.seconds:.0f}s (BIFROST_INIT_TIMEOUT)"
+        raise OwnProcessError("the rehearsal", reason) from None
+
+
+def _rehearse(
+    settings: Settings, tree: Tree, deadline: Deadline, schema: Path | None, *, data_checks: bool
+) -> Rehearsal:
     observed = _Observed()
     with ExitStack() as stack:
         live = None if schema else stack.enter_context(_live(settings))
@@ -168,7 +182,7 @@ def rehearse(settings: Settings, tree: Tree, *, schema: Path | None = None, data
                 text = schema_copy.dump(live, settings.migration_database, settings.migration_lock_timeout)
         url = _for_env_py(settings.rehearsal_database_url or stack.enter_context(_embedded()), settings)
         schema_copy.restore(text, url, roles, versions)
-        _upgrade(settings, tree, url, observed)
+        _upgrade(settings, tree, url, observed, deadline)
         revisions = observed.forecast()
         checks: list[DataCheck] = []
         open_transactions: list[OpenTransaction] = []
@@ -214,7 +228,7 @@ def _version_tables(settings: Settings, tree: Tree) -> tuple[str, ...]:
     return tree_loading.version_tables(tree.alembic, postgres.at_last_host(settings.migration_database).as_written)
 
 
-def _upgrade(settings: Settings, tree: Tree, url: PostgresUrl, observed: _Observed) -> None:
+def _upgrade(settings: Settings, tree: Tree, url: PostgresUrl, observed: _Observed, deadline: Deadline) -> None:
     """Run what migrate runs, on the copy."""
     copied = settings.model_copy(update={"database_url": url, "migration_database_url": None})
     state = schema_state.read_schema_state(url, tree, copied)
@@ -222,7 +236,6 @@ def _upgrade(settings: Settings, tree: Tree, url: PostgresUrl, observed: _Observ
         raise refusal
     if state.ready:
         return
-    deadline = Deadline(settings.init_timeout)
     with lock.hold(url, deadline, lambda _note: None) as held:
         done = runner.upgrade(copied, tree, held, deadline, lambda _progress: None, observe=True)
     if done.error:

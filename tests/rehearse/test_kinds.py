@@ -42,7 +42,8 @@ def forecasts(found: Rehearsal, kind: Kind) -> dict[str, TableForecast]:
     return {one.table.removeprefix(prefix): one for one in revision.tables if one.table.startswith(prefix)}
 
 
-@pytest.mark.parametrize("server", ["embedded", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["embedded", "own"])
 def test_each_forecast_is_what_the_manual_says(
     database: Database, postgres: Postgres, tree: Tree, clean_env: dict[str, str], server: str
 ) -> None:

@@ -17,7 +17,7 @@ from tests.conftest import BOOTSTRAP, StartCommand, StartServer
 from tests.rehearse.conftest import Live
 from tests.servers import Database, PgbouncerServer, Postgres, PostgresServer, RunFolder
 from tests.servers.leaks import leaks_in
-from tests.servers.process import find_program
+from tests.servers.process import find_program, wait_until
 from tests.setups.migration import Tree
 
 #: A case that `make test` leaves to `make test-faults`: another tests the same path.
@@ -127,6 +127,7 @@ def test_rows_that_would_break_a_revision_are_found(live: Live, statement: str, 
         connection.execute(statement.encode())
 
 
+@pytest.mark.slow
 def test_rows_that_meet_the_demand_hold_and_written_rows_are_unknown(live: Live) -> None:
     """A demand behind an UPDATE of the same table cannot be checked on the rows as they are now."""
     live.revision("second", "ALTER TABLE file ALTER COLUMN size SET NOT NULL")
@@ -152,11 +153,22 @@ def test_an_empty_live_database(live: Live) -> None:
     assert [revision["tables"] for revision in facts["revisions"]] == [[], []]
 
 
+@pytest.mark.slow
+def test_it_ends_at_its_deadline(live: Live) -> None:
+    """A revision that sleeps, as a frozen server would, ends it with 69; nothing goes on in the server."""
+    live.revision("second", "SELECT pg_sleep(600)")
+    code, facts = live.rehearse(BIFROST_INIT_TIMEOUT="4s")
+    assert (code, facts["message"]) == (69, "the rehearsal: it did not end within 4s (BIFROST_INIT_TIMEOUT)")
+    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND pid <> pg_backend_pid()"
+    wait_until(lambda: live.rehearsal.execute(sleeping) == [(0,)], "the statement ends")
+
+
 def test_a_schema_at_head(live: Live) -> None:
     """There is nothing to rehearse."""
     assert live.rehearse()[1]["message"] == "nothing to rehearse: the schema is at head"
 
 
+@pytest.mark.slow
 def test_table_and_markdown(live: Live) -> None:
     """For a person on stdout, for the comment of a pull request with --markdown."""
     live.revision("second", "ALTER TABLE file DROP COLUMN size")
@@ -194,6 +206,7 @@ def pg_dump(database: Database, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_a_dump_in_place_of_a_live_database(live: Live, tmp_path: Path) -> None:
     """For a pipeline: no live database is named. A dump with rows is taken too; sizes are unknown, so all is large."""
     live.revision("second", REWRITE)
@@ -211,6 +224,7 @@ def test_a_dump_in_place_of_a_live_database(live: Live, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_option_that_only_the_server_sets(live: Live, tmp_path: Path) -> None:
     """PostgreSQL 17.12 keeps `pg_attver` among the options of a column; an older pg_dump writes it into the dump."""
     live.revision("second", REWRITE)
@@ -251,6 +265,7 @@ def test_a_rehearsal_database_with_something_in_it(live: Live) -> None:
     assert live.rehearsal.execute("SELECT count(*) FROM mine") == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_role_with_few_rights(live: Live, postgres: Postgres) -> None:
     """The tables that it may not read are named. With pg_read_all_data it may rehearse, and writes nothing."""
     role = f"reader_{live.database.name}"
@@ -321,6 +336,7 @@ def test_an_asynchronous_tree_with_its_own_interpreter(live: Live, tmp_path: Pat
     assert facts["revisions"][0]["statements"] == 3
 
 
+@pytest.mark.slow
 def test_the_live_database_is_read_only_under_writers(
     live: Live, start_command: StartCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
