@@ -22,7 +22,8 @@ DYNAMIC = {"globals", "vars", "locals", "exec", "eval", "setattr"}
 #: Options of the configuration with which the revisions are not simply the files of `versions`.
 UNUSUAL = {"version_locations", "recursive_version_locations", "sourceless"}
 #: Syntax that runs its body more than once.
-LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.comprehension)
+LOOPS = (ast.For, ast.AsyncFor, ast.While)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 #: Functions that run the function or coroutine that they are given once.
 RUNNERS = {"run", "run_sync", "run_until_complete"}
 #: Files of `versions` that Alembic does not take for revisions begin with one of these.
@@ -118,8 +119,8 @@ def may_run_several_times(env: Path) -> bool:
     """
     Whether this env.py may run the revisions more than once, for several schemas or version tables.
 
-    False only if it plainly does not: it has no loop and no search path, and names each function on the way to
-    `run_migrations` once, to call it or to give it to a runner of coroutines.
+    False only if it plainly does not: it has no loop and no search path, and uses each function on the way to
+    `run_migrations` once, outside a comprehension, to call it or to give it to a runner of coroutines.
     """
     try:
         nodes = list(ast.walk(ast.parse(env.read_bytes())))
@@ -135,10 +136,12 @@ def may_run_several_times(env: Path) -> bool:
     uses = Counter(map(_named, nodes))
     # Offline and online each run them once.
     runs_once = uses["run_migrations"] in (1, 2)
-    if not runs_once or any(uses[name] != 1 for name in on_the_way - {"run_migrations"}):
+    called = Counter(_named(call.func) for call in calls)
+    called += Counter(_named(one) for call in calls if _last_name(call.func) in RUNNERS for one in call.args)
+    if not runs_once or any((uses[name], called[name]) != (1, 1) for name in on_the_way - {"run_migrations"}):
         return True
-    given_away = {_named(one) for call in calls if _last_name(call.func) not in RUNNERS for one in call.args}
-    return bool(given_away & on_the_way)
+    comprehensions = [node for node in nodes if isinstance(node, COMPREHENSIONS)]
+    return any(on_the_way & set(map(_named, ast.walk(one))) for one in comprehensions)
 
 
 def _named(node: ast.AST) -> str:

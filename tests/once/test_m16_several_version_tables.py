@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import bifrost_bootstrap
 from bifrost_bootstrap.migrate.tree_source import may_run_several_times
 from tests.conftest import RunBootstrap
 from tests.servers import Database
@@ -127,6 +128,8 @@ RUN = "def run(schema):\n    context.run_migrations()\n"
         (RUN + LOOP, True),
         (RUN + "run('public')\nrun('acme')", True),
         (RUN + "[run(s) for s in schemas]", True),
+        (RUN + "known = {one for one in names}\nrun('public')", False),
+        (RUN + "again = run\nagain('public')", True),
         (RUN + "list(map(run, schemas))", True),
         (RUN + "for_each(run)", True),
         (RUN + "def main():\n    while more():\n        run('x')\nmain()", True),
@@ -146,6 +149,11 @@ def test_m16_env_py_that_may_run_revisions_twice(source: str, several: bool, tmp
     env = tmp_path / "env.py"
     env.write_text(source)
     assert may_run_several_times(env) is several
+
+
+def test_m16_builtin_tree_runs_once() -> None:
+    """An init on the builtin tree at head must not start the runner to ask for version tables (0.4 s)."""
+    assert not may_run_several_times(Path(bifrost_bootstrap.__file__).parent / "migrations" / "env.py")
 
 
 def test_m16_version_table_of_another_application(database: Database, tree: Tree, start_migrate: StartMigrate) -> None:
