@@ -106,7 +106,8 @@ def parse_postgres(text: str) -> PostgresUrl:
         parameters = {key: str(value) for key, value in conninfo_to_dict(libpq).items() if value is not None}
     except ProgrammingError as error:
         raise ValueError(_without_values(str(error))) from None
-    remember_secret(parameters.get("password", ""))
+    for word in ("password", "sslpassword"):
+        remember_secret(parameters.get(word, ""))
     hosts = parameters.get("host", "").split(",")
     if is_url and len(hosts) == 1:
         # SQLAlchemy does not know `postgres://`.

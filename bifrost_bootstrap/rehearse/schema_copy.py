@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from bifrost_bootstrap.dev import embedded
 from bifrost_bootstrap.errors import BusyError, RehearsalError, SettingsError, UsageError
@@ -35,7 +35,9 @@ _OPTIONS = (
 )
 #: Where Debian keeps the programs of each major version.
 _DEBIAN = Path("/usr/lib/postgresql")
-#: SQLSTATEs: an object (a role) that is not there; a right that is missing.
+#: Name of the connection in the service file that pg_dump reads.
+_SERVICE = "live"
+#: SQLSTATE of an object, such as a role, that does not exist.
 _UNDEFINED_OBJECT = "42704"
 _UNKNOWN_ROLE = re.compile(r'role "(?P<role>.+)" does not exist')
 _DUMPED_FROM = re.compile(r"^-- Dumped from database version (?P<major>\d+)", re.MULTILINE)
@@ -76,7 +78,7 @@ def dump(live: Connection, url: PostgresUrl, lock_timeout: float) -> str:
     The schema as `live` sees it, as SQL. live: in a transaction that has its snapshot, which pg_dump shares.
 
     lock_timeout: seconds for which pg_dump waits for a table; it takes ACCESS SHARE on each, which only DDL blocks.
-    Raises RehearsalError where the schema cannot be dumped, BusyError where a table stays locked.
+    Raises RehearsalError if the schema cannot be dumped, BusyError if a table stays locked.
     """
     if live.info.backend_pid != postgres.scalar(live, "SELECT pg_backend_pid()"):
         raise RehearsalError(
@@ -89,17 +91,28 @@ def dump(live: Connection, url: PostgresUrl, lock_timeout: float) -> str:
             f"GRANT pg_read_all_data TO {live.info.user}, or SELECT on these tables and USAGE on their schemas",
         )
     snapshot = postgres.scalar(live, "SELECT pg_export_snapshot()")
-    parameters = dict(postgres.at_last_host(url).parameters)
-    environment = child_environment(PGPASSWORD=parameters.pop("password", ""))
     command = [_pg_dump(_major(live)), *_OPTIONS, f"--snapshot={snapshot}"]
-    command += [f"--lock-wait-timeout={lock_timeout:.0f}s", f"--dbname={make_conninfo(**parameters)}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    command += [f"--lock-wait-timeout={lock_timeout:.0f}s", f"--dbname=service={_SERVICE}"]
+    with _connection_environment(url) as environment:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode == 0:
         return done.stdout
     words = masked(" ".join(done.stderr.split()))
     if "lock timeout" in words:
         raise BusyError("a read lock on every table for pg_dump", "a session that changes a table's definition")
     raise RehearsalError(f"pg_dump of {url} failed: {words}", "correct what it names, then rehearse again")
+
+
+@contextmanager
+def _connection_environment(url: PostgresUrl) -> Iterator[dict[str, str]]:
+    """The environment in which libpq finds the connection `_SERVICE`: arguments are for all to see."""
+    parameters = dict(postgres.at_last_host(url).parameters)
+    # Not in the file, where libpq drops a blank at the end of a line.
+    password = parameters.pop("password", "")
+    with NamedTemporaryFile("w", encoding="utf-8") as file:
+        file.write("\n".join([f"[{_SERVICE}]", *(f"{word}={value}" for word, value in parameters.items())]) + "\n")
+        file.flush()
+        yield child_environment(PGPASSWORD=password, PGSERVICEFILE=file.name)
 
 
 def _pg_dump(major: int) -> str:
@@ -109,11 +122,11 @@ def _pg_dump(major: int) -> str:
     programs += _DEBIAN.glob("*/bin/pg_dump")
     with suppress(SettingsError):
         programs.append(embedded.find_postgres_program("pg_dump"))
-    versions = {}
+    versions: dict[int, str] = {}
     for program in programs:
         answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
         if found := re.search(r"\d+", answer):
-            versions[int(found[0])] = str(program)
+            versions.setdefault(int(found[0]), str(program))
     if fit := [version for version in versions if version >= major]:
         return versions[min(fit)]
     here = ", ".join(map(str, sorted(versions))) or "none"
@@ -139,7 +152,7 @@ def restore(text: str, url: PostgresUrl, roles: frozenset[str], versions: Mappin
     Make the copy in the empty database of this URL. It stays there: the database is empty no more.
 
     roles: of the live server; those that the copy's server lacks are made, without a login. versions: the rows of
-    each version table. Raises RehearsalError where the database is not empty, or lacks what the dump needs.
+    each version table. Raises RehearsalError if the database is not empty, or lacks what the dump needs.
     """
     with postgres.connect(url, "rehearsal") as copy:
         if found := [str(row[0]) for row in copy.execute(_OBJECTS)]:

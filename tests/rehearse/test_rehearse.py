@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -199,10 +200,14 @@ def test_the_embedded_server_is_the_default(live: Live, clean_env: dict[str, str
     assert "it is rewritten" in done.stdout
 
 
+def find_pg_dump() -> str:
+    """The program of the installed server."""
+    return find_program("pg_dump", "/usr/lib/postgresql/*/bin")
+
+
 def pg_dump(database: Database, *options: str) -> str:
     """A dump as an operator writes it."""
-    program = find_program("pg_dump", "/usr/lib/postgresql/*/bin")
-    command = [program, f"--dbname={database.url}", *options]
+    command = [find_pg_dump(), f"--dbname={database.url}", *options]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -390,8 +395,25 @@ def test_old_transactions_are_named(live: Live, monkeypatch: pytest.MonkeyPatch)
     assert str(found).startswith("report of ")
 
 
-def test_no_password_is_shown(live: Live) -> None:
-    """Neither in the output nor in the arguments of pg_dump."""
+def test_no_password_is_shown(live: Live, tmp_path: Path) -> None:
+    """Neither in the output nor in the arguments of pg_dump, which every user of the machine can read."""
     live.revision("second", REWRITE)
-    done = live.run_bootstrap("rehearse", env=live.variables | {"BIFROST_LOG_LEVEL": "DEBUG"})
-    assert not leaks_in(done.stdout + done.stderr)
+    arguments = tmp_path / "arguments"
+    program = tmp_path / "bin" / "pg_dump"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {arguments}\nexec {find_pg_dump()} "$@"\n')
+    program.chmod(0o755)
+    done = live.run_bootstrap(
+        "rehearse",
+        env=live.variables
+        | {
+            "PATH": f"{program.parent}{os.pathsep}{live.variables['PATH']}",
+            "BIFROST_DATABASE_URL": f"{live.database.url}?sslpassword=planted-key-phrase",
+            "BIFROST_LOG_LEVEL": "DEBUG",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr + arguments.read_text()
+    assert "--snapshot=" in shown
+    assert not leaks_in(shown)
+    assert "planted-key-phrase" not in shown

@@ -143,6 +143,12 @@ def test_what_is_no_postgresql_url(text: str) -> None:
     assert "hidden-value" not in str(refused.value)
 
 
+def test_phrase_of_a_client_key_is_a_secret() -> None:
+    """It is masked like the password, as `ssl_password` of Redis is."""
+    parse_postgres("postgresql://db.example/a?sslmode=require&sslpassword=phrase-of-the-key")
+    assert "phrase-of-the-key" not in masked("libpq says phrase-of-the-key")
+
+
 def test_password_without_user() -> None:
     """A password may stand alone; the user is then libpq's default."""
     assert parse_postgres("postgresql://:secret-word@h/d").parameters == {
