@@ -39,18 +39,15 @@ def of_rehearsal(found: Rehearsal, *, strict: bool, markdown: bool) -> Outcome:
 
 def _table_text(table: TableForecast) -> str:
     text = f"{table.table}: {table.lock}, blocks {table.blocks}"
-    parts = [part for part in (table.lasts, _dropped(table), _size(table)) if part]
-    return "; ".join([text, *parts])
+    known = "" if table.size is None else f"{table.rows:,} rows, {size(table.size)}"
+    return "; ".join(part for part in (text, _meanwhile(table), known) if part)
 
 
-def _dropped(table: TableForecast) -> str:
-    if table.dropped:
-        return "the table is dropped"
-    return f"columns dropped: {', '.join(table.dropped_columns)}" if table.dropped_columns else ""
-
-
-def _size(table: TableForecast) -> str:
-    return "" if table.size is None else f"{table.rows:,} rows, {size(table.size)}"
+def _meanwhile(table: TableForecast) -> str:
+    """What is done under the lock; "" if it is short and drops nothing."""
+    columns = f"columns dropped: {', '.join(table.dropped_columns)}" if table.dropped_columns else ""
+    dropped = "the table is dropped" if table.dropped else columns
+    return "; ".join(part for part in (table.lasts, dropped) if part)
 
 
 def _check_rows(checks: list[DataCheck]) -> Rows:
@@ -66,10 +63,17 @@ def _markdown(found: Rehearsal) -> str:
     if found.tables:
         lines.append(_HEAD)
     for revision, table in found.tables:
-        meanwhile = "; ".join(part for part in (table.lasts, _dropped(table)) if part)
         rows = "" if table.rows is None else f"{table.rows:,}"
         bytes_ = "" if table.size is None else size(table.size)
-        cells = [f"`{revision.revision}`", f"`{table.table}`", table.lock, table.blocks, meanwhile, rows, bytes_]
+        cells = [
+            f"`{revision.revision}`",
+            f"`{table.table}`",
+            table.lock,
+            table.blocks,
+            _meanwhile(table),
+            rows,
+            bytes_,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines += [f"- **warning** {warning}" for warning in found.warnings]

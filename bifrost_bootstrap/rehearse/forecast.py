@@ -55,7 +55,7 @@ class Statement:
 
     text: str
     changes: Mapping[str, Mapping[str, list[Any]]]
-    locks: Iterable[tuple[str, str]]
+    locks: list[tuple[str, str]]
     in_transaction: bool
 
     @property
@@ -71,6 +71,12 @@ class Statement:
         """Key, value before and value after the statement, of each change in a section."""
         for key, (before, after) in self.changes.get(section, {}).items():
             yield key, before, after
+
+    def validated_constraints(self) -> Iterator[Any]:
+        """The CHECK constraints and foreign keys that the live rows have to meet from now on."""
+        for _, before, after in self.changed("constraints"):
+            if after and after["validated"] and not (before and before["validated"]):
+                yield after
 
 
 @dataclass
@@ -147,7 +153,7 @@ def forecast_tables(statements: Iterable[Statement], original: Mapping[str, str]
 
 
 def _take_locks(statement: Statement, tables: Mapping[str, TableForecast]) -> None:
-    locks = list(statement.locks)
+    locks = statement.locks
     if not statement.in_transaction:
         mode = next(mode for pattern, mode in _LOCKS_BY_MANUAL.items() if pattern.search(statement.text))
         touched = {value["table"] for _, *values in statement.changed("indexes") for value in values if value}
@@ -199,10 +205,8 @@ def _built_indexes(statement: Statement) -> dict[str, list[str]]:
 
 
 def _take_constraints(statement: Statement, tables: Mapping[str, TableForecast]) -> None:
-    for _, before, after in statement.changed("constraints"):
-        validated = after and after["validated"] and not (before and before["validated"])
-        table = tables.get(after["table"]) if validated else None
-        if table and after["type"] in "cf":
+    for constraint in statement.validated_constraints():
+        if table := tables.get(constraint["table"]):
             table.scanned = True
             table.ways.add("constraint")
 

@@ -104,10 +104,9 @@ def demands(statement: Statement, original: Mapping[str, str]) -> Iterator[Deman
         table = original.get(after["table"]) if after else None
         if table and before is None and after["unique"]:
             yield _unique(table, after)
-    for _, before, after in statement.changed("constraints"):
-        table = original.get(after["table"]) if after else None
-        if table and after["validated"] and not (before and before["validated"]):
-            yield from _constraint(table, after, original)
+    for constraint in statement.validated_constraints():
+        if table := original.get(constraint["table"]):
+            yield from _constraint(table, constraint, original)
 
 
 def _unique(table: str, index: Mapping[str, Any]) -> Demand:

@@ -180,7 +180,7 @@ def _rehearse(
                 roles = frozenset(str(row[0]) for row in live.execute(_ROLES))
                 versions = {table: postgres.database_heads(live, table) for table in _version_tables(settings, tree)}
                 text = schema_copy.dump(live, settings.migration_database, settings.migration_lock_timeout)
-        url = _for_env_py(settings.rehearsal_database_url or stack.enter_context(_embedded()), settings)
+        url = _for_env_py(settings.rehearsal_database_url or _embedded(stack), settings)
         schema_copy.restore(text, url, roles, versions)
         _upgrade(settings, tree, url, observed, deadline)
         revisions = observed.forecast()
@@ -207,10 +207,8 @@ def _live(settings: Settings) -> Iterator[Connection]:
         yield connection
 
 
-@contextmanager
-def _embedded() -> Iterator[PostgresUrl]:
-    with embedded.embedded_servers() as servers:
-        yield parse_postgres(servers.database_url)
+def _embedded(stack: ExitStack) -> PostgresUrl:
+    return parse_postgres(stack.enter_context(embedded.embedded_servers()).database_url)
 
 
 def _for_env_py(copy: PostgresUrl, settings: Settings) -> PostgresUrl:

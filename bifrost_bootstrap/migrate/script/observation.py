@@ -85,8 +85,10 @@ class Observation:
     def running_revision(self) -> Iterator[None]:
         """Report the statements of the block."""
         self._revision_runs = True
-        yield
-        self._revision_runs = False
+        try:
+            yield
+        finally:
+            self._revision_runs = False
 
     def on_begin(self, connection: Connection) -> None:
         if self._lock.find_other_database(connection):
@@ -118,6 +120,7 @@ class Observation:
             in_transaction=in_transaction,
         )
         if self._wrapped:
+            self._wrapped = False
             run(connection, "COMMIT")
 
     def on_error(self, context: Any) -> None:
