@@ -42,8 +42,8 @@ NO_MEMORY = "command not allowed when used memory"
 API_TTL = 24 * 3600
 
 
-def test_i03_redis_flushed_after_the_tasks(deployment: Deployment) -> None:
-    """Both tasks succeed, then Redis is flushed before init reads the cache: init does not report success."""
+def pause_init_until_the_warm_has_succeeded(deployment: Deployment) -> Command:
+    """Start a worker and an init. Return the init, paused: both tasks have succeeded, and it has not seen that."""
     deployment.hold("warming")  # later, init may have seen the complete cache already
     worker = deployment.start_worker()
     init = deployment.start_init()
@@ -51,6 +51,12 @@ def test_i03_redis_flushed_after_the_tasks(deployment: Deployment) -> None:
     init.pause()
     deployment.release()
     worker.wait_for(r"warm_module_cache\[\S+\] succeeded")
+    return init
+
+
+def test_i03_redis_flushed_after_the_tasks(deployment: Deployment) -> None:
+    """Both tasks succeed, then Redis is flushed before init reads the cache: init does not report success."""
+    init = pause_init_until_the_warm_has_succeeded(deployment)
     with deployment.stack.redis.client() as client:
         client.flushall()
     init.resume()
@@ -61,13 +67,7 @@ def test_i03_redis_flushed_after_the_tasks(deployment: Deployment) -> None:
 
 def test_i03_cache_lost_after_the_result(deployment: Deployment) -> None:
     """Both results say success, but an entry is missing: init runs the warm again."""
-    deployment.hold("warming")  # later, init may have seen the complete cache already
-    worker = deployment.start_worker()
-    init = deployment.start_init()
-    deployment.wait_reached("warming")
-    init.pause()
-    deployment.release()
-    worker.wait_for(r"warm_module_cache\[\S+\] succeeded")
+    init = pause_init_until_the_warm_has_succeeded(deployment)
     with deployment.stack.redis.client() as client:
         client.delete("bifrost:bootstrap:marker", f"{PREFIX}kept")
     init.resume()
